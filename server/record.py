@@ -1,0 +1,160 @@
+"""The folder of a run, and its events: append-only, one JSON line a round and site."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig, load_config
+from common.errors import CheckpointError
+from server.checkpoint import write_atomically
+
+
+@dataclass(frozen=True)
+class SiteRound:
+    """One site's part in one round. `event` is what it was charged, `None` where privacy is off."""
+
+    round: int
+    site: int
+    status: str  # "ok", a site's refusal code, "deadline", "malformed", or what the transport said
+    bytes_up: int
+    bytes_down: int
+    event: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class RoundEvent:
+    """What the server knows after a round. `accuracy` and `loss` are of the public evaluation set."""
+
+    round: int
+    part: str
+    asked: int
+    answered: int
+    counted: bool
+    accuracy: float | None
+    loss: float | None
+    evaluated_records: int
+    seconds: float
+
+
+Event = SiteRound | RoundEvent
+_KINDS: dict[str, type[SiteRound] | type[RoundEvent]] = {"site": SiteRound, "round": RoundEvent}
+_COLUMNS = (
+    "round",
+    "part",
+    "asked",
+    "answered",
+    "counted",
+    "accuracy",
+    "loss",
+    "evaluated_records",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies in `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def secret(self) -> Path:
+        return self.path / "secret.key"
+
+    def site(self, site_id: int) -> Path:
+        return self.path / "sites" / f"{site_id:04d}"
+
+    def spend(self, site_id: int) -> Path:
+        return self.site(site_id) / "spend.jsonl"
+
+    def load_config(self) -> RunConfig:
+        """The resolved configuration of this run."""
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is not the folder of a run: it has no config.toml")
+        return load_config(self.config)
+
+    def append(self, event: Event) -> None:
+        """Add one line. A line is either whole or, after a crash, cut off by `read_events`."""
+        kind = "site" if isinstance(event, SiteRound) else "round"
+        line = json.dumps({"kind": kind, **asdict(event)}, separators=(",", ":"))
+        with self.events.open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_events(self) -> Iterator[Event]:
+        """All whole events in order; of events for one round (and site) the last, since a round that was
+        cut off by a crash is run again."""
+        if not self.events.exists():
+            return
+        data = self.events.read_bytes()
+        found: dict[tuple[str, int, int], Event] = {}
+        for line in data[: data.rfind(b"\n") + 1].splitlines():
+            fields = json.loads(line)
+            kind = fields.pop("kind")
+            key = (kind, fields["round"], fields.get("site", 0))
+            found[key] = _KINDS[kind](**fields)
+        yield from found.values()
+
+    def rounds(self) -> list[RoundEvent]:
+        return sorted((e for e in self.read_events() if isinstance(e, RoundEvent)), key=lambda e: e.round)
+
+    def site_rounds(self) -> list[SiteRound]:
+        return sorted(
+            (e for e in self.read_events() if isinstance(e, SiteRound)), key=lambda e: (e.round, e.site)
+        )
+
+    def repair(self) -> None:
+        """Cut a torn last line off, so that the next event starts on a line of its own."""
+        if self.events.exists():
+            data = self.events.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) != len(data):
+                write_atomically(self.events, whole)
+
+    def write_metrics(self) -> None:
+        """`metrics.csv`, a view of the events: one row a round."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(event) for event in self.rounds())
+        write_atomically(self.metrics, text.getvalue().encode())

@@ -1,0 +1,218 @@
+"""The run, round by round. `run_round` is the whole of a round, in call order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from common import wire
+from common.adapter import Layout, read_vector
+from common.config import RunConfig
+from common.errors import RoundError
+from common.evaluation import MetricSums, evaluate
+from common.models import AdaptedModel
+from common.plan import Plan
+from common.tasks import Examples, IntArray
+from server import checkpoint, cohort
+from server.aggregation import OptimizerState, PlainSum, step
+from server.checkpoint import Checkpoint
+from server.record import RoundEvent, RunFolder, SiteRound
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the coordinator works with. `public` are records that belong to no site."""
+
+    run_id: str
+    folder: RunFolder
+    config: RunConfig
+    config_digest: str
+    plan: Plan
+    plan_digest: str
+    model: AdaptedModel
+    public: Examples
+
+
+class Watcher(Protocol):
+    """Who shows people how far the run is."""
+
+    def site_done(self, round_number: int, asked: int) -> None:
+        """One of the `asked` sites has answered, or has run out of time."""
+        ...
+
+    def round_done(self, event: RoundEvent) -> None: ...
+
+
+def start(job: Job) -> Checkpoint:
+    """The newest checkpoint, or round 0: the adapter as it was injected."""
+    job.folder.repair()
+    found = checkpoint.load_newest(
+        job.folder.checkpoints, config_digest=job.config_digest, layout_digest=job.model.layout.digest
+    )
+    if found is not None:
+        return found
+    adapter = read_vector(job.model.parameters, job.model.layout)
+    return Checkpoint(0, adapter, OptimizerState.zero(adapter.size))
+
+
+def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
+    """All rounds that are left; the state after the last.
+
+    Raises:
+        RoundError: fewer than min_sites answered in three rounds on end.
+    """
+    now = start(job)
+    if now.round == 0:
+        sums = _measure(job, now, everything=True)
+        watcher.round_done(_finish(job, now, _event(sums, 0, "start")))
+    sites = cohort.roll_call(grid, job.config.server.deadline_seconds)
+    failed = 0
+    while now.round < len(job.plan.rounds):
+        now, counted = run_round(job, grid, now, sites, watcher)
+        failed = 0 if counted else failed + 1
+        if failed == 3:
+            raise RoundError(
+                "three rounds on end had fewer answers than server.min_sites = "
+                f"{job.config.server.min_sites}; the reasons stand in {job.folder.events}. Resume the run "
+                "when the sites can answer"
+            )
+    return now
+
+
+def run_round(
+    job: Job,
+    grid: Grid,
+    before: Checkpoint,
+    sites: dict[int, int],
+    watcher: Watcher,
+) -> tuple[Checkpoint, bool]:
+    """One round: the state after it, and whether it counted.
+
+    1. cohort   2. ask   3. sum as replies come   4. step   5. evaluate   6. checkpoint, then record
+    """
+    began = time.monotonic()
+    number = before.round + 1
+    plan = job.plan.round(number)
+    part = Layout.of(job.model.active(plan.part))
+
+    # 1. Who is asked.
+    asked = cohort.sample(list(sites), job.config.server, job.config.run.seed, number)
+
+    # 2. Ask. Each site follows its own plan; the request only names the round.
+    request = wire.TrainRequest(
+        job.run_id, number, 1, job.plan_digest, job.model.layout.digest, before.adapter
+    )
+    bytes_down = wire.payload_bytes(wire.encode(request))
+    answers = cohort.exchange(
+        grid,
+        {sites[site]: request for site in asked},
+        "train",
+        str(number),
+        job.config.server.deadline_seconds,
+        asked,
+    )
+
+    # 3. Sum as replies come: one accumulator, whatever the number of sites.
+    total = PlainSum(part.size)
+    answered = 0
+    for answer in answers:
+        status, bytes_up = _take(answer, total, number, part), 0
+        if isinstance(answer, cohort.Reply):
+            bytes_up = answer.bytes_up
+        answered += status == "ok"
+        charged = plan.event.to_json() if plan.event is not None and status == "ok" else None
+        job.folder.append(SiteRound(number, answer.site, status, bytes_up, bytes_down, charged))
+        watcher.site_done(number, len(asked))
+
+    # 4. Step, unless too few answered: then the adapter stays as it was.
+    counted = answered >= job.config.server.min_sites
+    adapter, state = before.adapter, before.state
+    if counted:
+        adapter, state = step(
+            adapter, total.mean(), job.model.layout.positions(part), state, job.config.server
+        )
+    after = Checkpoint(number, adapter, state)
+
+    # 5. Evaluate on public records only.
+    last = number == len(job.plan.rounds)
+    every = job.config.evaluation.every
+    due = last or (every > 0 and number % every == 0)
+    sums = _measure(job, after, everything=last) if due else None
+
+    # 6. The round is done once its checkpoint is: a crash before that runs it again, to the same end.
+    seconds = time.monotonic() - began
+    event = _event(sums, number, plan.part.value, len(asked), answered, counted, seconds)
+    watcher.round_done(_finish(job, after, event))
+    return after, counted
+
+
+def _take(answer: cohort.Reply | cohort.Failure, total: PlainSum, number: int, part: Layout) -> str:
+    """Add a good update; say what became of the answer."""
+    if isinstance(answer, cohort.Failure):
+        return answer.reason
+    update = answer.message
+    if not isinstance(update, wire.Update):
+        return "malformed"
+    # The node answers for one site; an answer in another's name, or to another question, is not counted.
+    if update.site != answer.site or (update.round, update.attempt) != (number, 1):
+        return "malformed"
+    if update.layout_digest != part.digest or update.vector.size != part.size:
+        return "malformed"
+    if not np.isfinite(update.vector).all():
+        return "malformed"
+    total.add(update.vector, update.weight)
+    return "ok"
+
+
+def _measure(job: Job, now: Checkpoint, *, everything: bool) -> MetricSums:
+    indices = np.arange(len(job.public))
+    limit = job.config.evaluation.records
+    if limit and not everything and limit < len(indices):
+        indices = _subset(len(indices), limit, job.config.run.seed)
+    return evaluate(job.model, now.adapter, job.public, indices)
+
+
+def _subset(count: int, limit: int, seed: int) -> IntArray:
+    """The same public records in every round, so that rounds can be compared."""
+    chosen: IntArray = np.sort(np.random.default_rng([seed, 0xE7A1]).permutation(count)[:limit])
+    return chosen
+
+
+def _finish(job: Job, state: Checkpoint, event: RoundEvent) -> RoundEvent:
+    """Record first: of events for one round the last counts, while a checkpoint ends the round for good."""
+    job.folder.append(event)
+    job.folder.write_metrics()
+    checkpoint.save(
+        job.folder.checkpoints,
+        state,
+        config_digest=job.config_digest,
+        layout_digest=job.model.layout.digest,
+        keep=job.config.run.checkpoints,
+    )
+    return event
+
+
+def _event(
+    sums: MetricSums | None,
+    number: int,
+    part: str,
+    asked: int = 0,
+    answered: int = 0,
+    counted: bool = True,
+    seconds: float = 0.0,
+) -> RoundEvent:
+    return RoundEvent(
+        number,
+        part,
+        asked,
+        answered,
+        counted,
+        None if sums is None else sums.accuracy,
+        None if sums is None else sums.mean_loss,
+        0 if sums is None else sums.count,
+        seconds,
+    )

@@ -1,0 +1,227 @@
+"""Many sites in one process: one base model, one set of examples, a site's part of them by index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Context
+
+from client.budget import Budget
+from client.site import Site
+from client.training import FeatureCache, Shard
+from common.config import DataSection, Partition, RunConfig, TaskKind
+from common.datasets import (
+    CleaningReport,
+    Columns,
+    Sample,
+    Table,
+    clean,
+    label_ids,
+    label_names,
+    read_sample,
+    read_table,
+)
+from common.errors import ConfigError, DataError
+from common.evaluation import MetricSums, evaluate
+from common.models import AdaptedModel, load_model
+from common.noise import derived_key
+from common.plan import Plan, make_plan
+from common.tasks import Examples, IntArray, make_task
+from server.record import RunFolder
+from server.rounds import Job
+from simulations.partition import by_group, dirichlet, hold_out, iid
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which records are whose. `sites[i]` are the training records of site i + 1, `held[i]` those of its
+    own that it never trains on: only a simulation, which owns all the data, may look at them."""
+
+    table: Table
+    cleaning: CleaningReport
+    labels: tuple[str, ...]
+    sites: tuple[IntArray, ...]
+    held: tuple[IntArray, ...]
+    public: Table
+
+
+def split_data(config: RunConfig) -> Split:
+    """Read, clean and divide the data as `config` says; the same division each time for one seed.
+
+    Raises:
+        DataError: the data does not fit, or is too little for so many sites.
+    """
+    data = config.data
+    columns = _columns(config)
+    table, cleaning = clean(_read(data, columns), max_characters=data.max_characters)
+    labels = config.task.labels
+    if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION and not labels:
+        labels = label_names(table)
+    if table.label is not None:
+        label_ids(table, labels)  # every label known, or an error that names the row
+    if data.test is not None:
+        public, _ = clean(read_table(data.test, columns), max_characters=data.max_characters)
+        if public.label is not None:
+            label_ids(public, labels)
+        kept: IntArray = np.arange(len(table))
+    else:
+        kept, away = hold_out(
+            len(table), data.test_fraction, _rng(config, 1), groups=table.group if data.group else None
+        )
+        public = table.take(away)
+    parts = [kept[part] for part in _divide(config, table.take(kept), labels)]
+    rng = _rng(config, 3)
+    sites, held = [], []
+    for part in parts:
+        if config.sites.holdout and len(part) > 1:
+            train, away = hold_out(len(part), config.sites.holdout, rng, groups=None)
+            sites.append(part[train])
+            held.append(part[away])
+        else:
+            sites.append(part)
+            held.append(part[:0])
+    return Split(table, cleaning, labels, tuple(sites), tuple(held), public)
+
+
+def _rng(config: RunConfig, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([config.run.seed, purpose])
+
+
+def _columns(config: RunConfig) -> Columns:
+    data = config.data
+    if data.sample is not None:
+        return Columns("text", "label", None, "group")
+    label = data.label if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION else None
+    return Columns(data.text, label, data.prompt, data.group)
+
+
+def _read(data: DataSection, columns: Columns) -> Table:
+    if data.train is not None:
+        return read_table(data.train, columns)
+    try:
+        sample = Sample(data.sample)
+    except ValueError:
+        raise ConfigError(
+            f"data.sample = {data.sample!r} is not built in: expected one of {[s.value for s in Sample]}"
+        ) from None
+    return read_sample(sample)
+
+
+def _divide(config: RunConfig, table: Table, labels: tuple[str, ...]) -> list[IntArray]:
+    sites, rng = config.sites, _rng(config, 2)
+    match sites.partition:
+        case Partition.IID:
+            return iid(len(table), sites.count, rng)
+        case Partition.DIRICHLET:
+            if table.label is None:
+                raise ConfigError(
+                    "sites.partition = 'dirichlet' divides by label, but there is no label column"
+                )
+            return dirichlet(label_ids(table, labels), sites.count, sites.dirichlet_alpha, rng)
+        case Partition.GROUPS:
+            if table.group is None:
+                raise DataError(
+                    "sites.partition = 'groups' needs data.group, the column that names the group"
+                )
+            return by_group(table.group, sites.count, rng)
+
+
+class Fleet:
+    """All simulated sites of a run, and what they share. One of these serves a process."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, split: Split) -> None:
+        torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+        self.folder = folder
+        self.config = config
+        self.split = split
+        self.plan: Plan = make_plan(config)
+        self.plan_digest = plan_digest(self.plan)
+        task = make_task(config.task.kind, split.labels)
+        self.model: AdaptedModel = load_model(config, task)
+        self.examples: Examples = task.encode(split.table, self.model.tokenizer, config.model.max_length)
+        self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
+        self._features = FeatureCache()
+
+    @property
+    def run_id(self) -> str:
+        """A name for this run that no other run has: from the secret, which it does not tell."""
+        return hashlib.sha256(b"confide/run-id/v1" + self._secret()).hexdigest()[:16]
+
+    def _secret(self) -> bytes:
+        seed = self.config.study.noise_seed
+        if seed is not None:
+            return hashlib.sha256(b"confide/study-noise/v1" + seed.to_bytes(8, "little")).digest()
+        return self.folder.secret.read_bytes()
+
+    def site(self, site_id: int) -> Site:
+        secret = self._secret()
+        return Site(
+            site_id=site_id,
+            folder=self.folder.site(site_id),
+            shard=Shard(self.examples, self.split.sites[site_id - 1]),
+            model=self.model,
+            plan=self.plan,
+            plan_digest=self.plan_digest,
+            budget=self.budget(site_id),
+            noise_key=lambda context: derived_key(secret, site_id.to_bytes(4, "little"), context),
+            repeatable_noise=True,
+            features=self._features,
+        )
+
+    def budget(self, site_id: int) -> Budget:
+        return Budget(
+            self.folder.spend(site_id),
+            target_epsilon=self.plan.target_epsilon,
+            delta=self.plan.delta,
+        )
+
+    def job(self) -> Job:
+        return Job(
+            run_id=self.run_id,
+            folder=self.folder,
+            config=self.config,
+            config_digest=self.config.digest().hex(),
+            plan=self.plan,
+            plan_digest=self.plan_digest,
+            model=self.model,
+            public=self.public,
+        )
+
+    def held_out_accuracy(self, adapter: np.ndarray) -> dict[str, MetricSums]:
+        """The adapter on what each site held out. Simulation only: a deployed site tells nobody."""
+        return {
+            str(i): evaluate(self.model, adapter, self.examples, held)
+            for i, held in enumerate(self.split.held, start=1)
+            if len(held)
+        }
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256, hex, of the plan in canonical JSON: server and sites hold the same one or nothing runs."""
+    text = json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), default=lambda e: e.value)
+    return hashlib.sha256(b"confide/plan/v1" + text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def open_fleet(path: Path) -> Fleet:
+    """The fleet of the run in `path`; one for a process, since it holds the base model."""
+    folder = RunFolder(path)
+    config = folder.load_config()
+    return Fleet(folder, config, split_data(config))
+
+
+@dataclass(frozen=True)
+class SimulatedSites:
+    """Finds the site of a Flower node: partition i is site i + 1. Small: Ray copies it to its actors."""
+
+    path: Path
+
+    def __call__(self, context: Context) -> Site:
+        return open_fleet(self.path).site(int(context.node_config["partition-id"]) + 1)

@@ -1,0 +1,203 @@
+"""One simulation from a configuration to a usable adapter, kept in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import server.app
+from common import wire
+from common.adapter import Layout
+from common.config import RunConfig
+from common.errors import CheckpointError, ConfigError, PrivacyError
+from common.export import PrivacyClaim, export_adapter
+from common.models import load_model
+from common.noise import fresh_key
+from common.plan import make_plan, resolve
+from common.tasks import make_task
+from server.checkpoint import Checkpoint, write_atomically
+from server.record import RoundEvent, RunFolder
+from server.report import write_report
+from server.rounds import Watcher, start
+from simulations.engines import Engine, run_inline, run_ray
+from simulations.fleet import Fleet, Split, open_fleet, split_data
+
+DEMO = Path(__file__).with_name("demo.toml")
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, Split]:
+    """The resolved configuration and the division of the data. Touches no folder and trains nothing."""
+    split = split_data(config)
+    smallest = min(len(site) for site in split.sites)
+    threads = config.run.threads or os.cpu_count() or 1
+    resolved = resolve(config, smallest_site=smallest, labels=split.labels, threads=threads)
+    largest_batch = max(r.batch_size for r in make_plan(resolved).rounds)
+    if largest_batch > smallest:
+        raise PrivacyError(
+            f"a batch of {largest_batch} is larger than the smallest site ({smallest} records): lower "
+            "privacy.sample_rate or warmup.sample_rate, or use fewer sites"
+        )
+    return resolved, split
+
+
+def create_folder(runs: Path, config: RunConfig) -> RunFolder:
+    """`runs/<name>-<k>` with the first free k, and `runs/<name>` pointing to it; nothing is overwritten."""
+    runs.mkdir(parents=True, exist_ok=True)
+    name = config.run.name
+    link = runs / name
+    if link.exists() and not link.is_symlink():
+        raise ConfigError(
+            f"{link} is in the way: expected a link to the newest run of that name. Move it away"
+        )
+    number = 1
+    while True:
+        try:
+            (runs / f"{name}-{number}").mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    folder = RunFolder(runs / f"{name}-{number}")
+    descriptor = os.open(folder.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(fresh_key())
+        file.flush()
+        os.fsync(file.fileno())
+    write_atomically(folder.config, config.to_toml().encode())
+    temporary = runs / f".{name}.{os.getpid()}.link"
+    temporary.symlink_to(folder.path.name)
+    temporary.replace(link)
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    folder: RunFolder
+    summary: dict[str, Any]
+
+
+def simulate(folder: RunFolder, engine: Engine, watcher: Watcher) -> Outcome:
+    """Run, or go on with, the run in `folder`; leave adapter, summary and report there."""
+    began = time.monotonic()
+    fleet = open_fleet(folder.path.resolve())
+    job = fleet.job()
+    app = server.app.make_app(lambda _: job, watcher)
+    match engine:
+        case Engine.INLINE:
+            run_inline(app, folder.path.resolve(), fleet.config.sites.count)
+        case Engine.RAY:
+            run_ray(app, folder.path.resolve(), fleet.config.sites.count)
+    end = start(job)
+    if end.round != len(job.plan.rounds):
+        raise CheckpointError(f"the run ended after round {end.round}; resume it: --resume {folder.path}")
+    return finish(fleet, end, engine, began)
+
+
+def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outcome:
+    """Export the adapter, write the summary and the report."""
+    folder, config = fleet.folder, fleet.config
+    claim = _claim(fleet)
+    export_adapter(fleet.model, end.adapter, config, claim, folder.adapter)
+    by_site = {site: sums.accuracy for site, sums in fleet.held_out_accuracy(end.adapter).items()}
+    rounds = folder.rounds()
+    summary = {
+        **_summary(fleet, claim, rounds, by_site),
+        "engine": engine.value,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "adapter_dir": str(folder.adapter),
+    }
+    write_atomically(folder.summary, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+    write_report(folder)
+    return Outcome(folder, summary)
+
+
+def _claim(fleet: Fleet) -> PrivacyClaim:
+    """The worst site's spend, as its own budget file has it."""
+    private = fleet.plan.private
+    budgets = [fleet.budget(i) for i in range(1, fleet.config.sites.count + 1)] if private else []
+    return PrivacyClaim(
+        epsilon_rdp=max(b.epsilon_rdp for b in budgets) if budgets else None,
+        epsilon_pld=max(b.epsilon_pld for b in budgets) if budgets else None,
+        delta=fleet.plan.delta,
+        secure_aggregation=False,
+        repeatable_noise=fleet.config.study.noise_seed is not None,
+    )
+
+
+def _summary(
+    fleet: Fleet, claim: PrivacyClaim, rounds: list[RoundEvent], by_site: dict[str, float]
+) -> dict[str, Any]:
+    config, sites = fleet.config, fleet.folder.site_rounds()
+    answered = [s.bytes_up for s in sites if s.status == "ok"]
+    worst = min(by_site, key=lambda site: by_site[site]) if by_site else None
+    return {
+        "name": config.run.name,
+        "task": config.task.kind.value,
+        "model": config.model.name,
+        "sites": config.sites.count,
+        "rounds": len(fleet.plan.rounds),
+        "cohort": max((r.asked for r in rounds), default=0),
+        "seed": config.run.seed,
+        "records_evaluated": len(fleet.public),
+        "accuracy_initial": rounds[0].accuracy,
+        "accuracy_final": rounds[-1].accuracy,
+        "loss_initial": rounds[0].loss,
+        "loss_final": rounds[-1].loss,
+        "majority_class": majority_share(fleet),
+        "accuracy_by_group": by_site,
+        "accuracy_by_group_of": "records that each simulated site held out of training",
+        "worst_site": worst,
+        "accuracy_worst_site": None if worst is None else by_site[worst],
+        "epsilon_rdp_max": claim.epsilon_rdp,
+        "epsilon_pld_max": claim.epsilon_pld,
+        "target_epsilon": fleet.plan.target_epsilon,
+        "delta": claim.delta,
+        "privacy_unit": config.privacy.unit.value,
+        "privacy_trust": config.privacy.trust.value,
+        "privacy_statement": claim.sentence(),
+        "private": claim.holds,
+        "secure_aggregation": claim.secure_aggregation,
+        "noise_multiplier": config.privacy.noise_multiplier,
+        "sample_rate": config.privacy.sample_rate,
+        "trainable_parameters": fleet.model.layout.size,
+        "bytes_up_per_site_round": max(answered, default=0),
+        "refusals": sum(s.status != "ok" for s in sites),
+    }
+
+
+def majority_share(fleet: Fleet) -> float | None:
+    """The share of the commonest label among the public records: what saying always the same would reach."""
+    labels = fleet.split.public.label
+    return max(labels.count(name) for name in set(labels)) / len(labels) if labels else None
+
+
+def describe(config: RunConfig, split: Split) -> dict[str, Any]:
+    """The plan of a resolved configuration as numbers, before anyone spends anything."""
+    plan = make_plan(config)
+    model = load_model(config, make_task(config.task.kind, split.labels))
+    sizes = [Layout.of(model.active(r.part)).size for r in plan.rounds]
+    return {
+        "rounds": len(plan.rounds),
+        "noise_multiplier": config.privacy.noise_multiplier,
+        "sample_rate": config.privacy.sample_rate,
+        "steps": sum(r.steps for r in plan.rounds),
+        "batch_size": plan.rounds[-1].batch_size,
+        "warmup_noise_multiplier": config.warmup.noise_multiplier if config.warmup.rounds else None,
+        "warmup_sample_rate": config.warmup.sample_rate if config.warmup.rounds else None,
+        "delta": plan.delta,
+        "epsilon_rdp": plan.epsilon_rdp,
+        "epsilon_pld": plan.epsilon_pld,
+        "target_epsilon": plan.target_epsilon,
+        "trainable_parameters": model.layout.size,
+        "bytes_up_per_site_round": max(_update_bytes(size) for size in sizes),
+    }
+
+
+def _update_bytes(size: int) -> int:
+    blank = wire.Update(1, 1, 1, "0" * 64, 1.0, np.zeros(size, dtype=np.float32))
+    return wire.payload_bytes(wire.encode(blank))
