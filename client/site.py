@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.budget import Budget
-from client.training import FeatureCache, Shard
+from client.training import Shard
+from common.features import FeatureCache
 from common.models import AdaptedModel
 from common.plan import Plan
 

@@ -5,7 +5,6 @@ Record-level, add-or-remove neighbours, local trust: see common.privacy for what
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from torch import nn
 from common.adapter import Layout, Vector, read_vector, write_vector
 from common.config import LocalOptimizer
 from common.errors import ModelError, PrivacyError
-from common.models import AdaptedModel, MeanPooledClassifier, Part
+from common.features import FeatureCache
+from common.models import AdaptedModel, Part
 from common.noise import NoiseStream
 from common.plan import RoundPlan
 from common.privacy import SampledGaussianEvent
@@ -85,8 +85,7 @@ def per_sample_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         hooks.cleanup()
         for layer in module.modules():
-            if hasattr(layer, "activations"):
-                del layer.activations
+            layer.__dict__.pop("activations", None)
 
 
 # From record indices to the records' logits and targets.
@@ -145,7 +144,7 @@ def _forward(
     """The module whose parameters train, and how records go through it."""
     if plan.part is Part.HEAD and model.head is not None:
         head = model.head
-        cached = features.of(model, shard)
+        cached = features.of(model, shard.examples, shard.indices)
 
         def probe(indices: IntArray) -> tuple[torch.Tensor, Batch]:
             target = torch.from_numpy(shard.examples.target[indices]).to(model.device)
@@ -163,7 +162,7 @@ def _forward(
 def _local_optimizer(plan: RoundPlan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     match plan.optimizer:
         case LocalOptimizer.SGD:
-            return torch.optim.SGD(parameters, lr=plan.learning_rate)
+            return torch.optim.SGD(parameters, lr=plan.learning_rate, momentum=plan.momentum)
         case LocalOptimizer.ADAM:
             return torch.optim.Adam(parameters, lr=plan.learning_rate)
 
@@ -221,36 +220,3 @@ def _steps_without_privacy(
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad / plan.batch_size
             p.grad.add_(p.detach() - origin, alpha=plan.fedprox_mu)
         optimizer.step()
-
-
-class FeatureCache:
-    """The encoder's pooled output of each record, computed once while the encoder does not change.
-
-    Shared by the sites of one process: a record's features depend on the record and the encoder only.
-    Kept on the CPU, `(records, hidden_size)` float32; forgotten as soon as the encoder's adapter moves.
-    """
-
-    def __init__(self) -> None:
-        self._key = b""
-        self._values = torch.empty(0, 0)
-        self._known = np.empty(0, dtype=bool)
-
-    @torch.no_grad()
-    def of(self, model: AdaptedModel, shard: Shard) -> torch.Tensor:
-        """Features of all examples that the shard's set holds; valid at the shard's indices."""
-        module = model.module
-        if not isinstance(module, MeanPooledClassifier):
-            raise ModelError("a warm-up needs model.head = 'mean'")
-        encoder = {n: p for n, p in model.parameters.items() if ".lora_" in n}
-        vector = read_vector(encoder, Layout.of(encoder))
-        key = hashlib.sha256(vector.tobytes() + id(shard.examples).to_bytes(8, "little")).digest()
-        if key != self._key:
-            self._key = key
-            self._values = torch.empty(len(shard.examples), module.head.in_features)
-            self._known = np.zeros(len(shard.examples), dtype=bool)
-        missing = shard.indices[~self._known[shard.indices]]
-        for indices in by_length(shard.examples, missing, 64):
-            batch = collate(shard.examples, indices, model.pad_id, model.device)
-            self._values[indices] = module.features(**batch.inputs).float().cpu()
-        self._known[missing] = True
-        return self._values

@@ -68,6 +68,13 @@ class ServerOptimizer(Enum):
     FEDYOGI = "fedyogi"
 
 
+class Engine(Enum):
+    """How simulated sites run. Not part of a run's configuration: it changes no number."""
+
+    INLINE = "inline"
+    RAY = "ray"
+
+
 class BaseDtype(Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -151,6 +158,7 @@ class WarmupSection(_Section):
     rounds: Annotated[int, Field(ge=0)] = 0
     local_steps: Count = 10
     learning_rate: Positive = 12.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.8  # of local SGD, within one round
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     target_epsilon: Positive = 2.0  # of privacy.target_epsilon, what the warm-up alone may spend
     noise_multiplier: Positive | None = None  # none: calibrated to warmup.target_epsilon
@@ -160,6 +168,7 @@ class TrainingSection(_Section):
     local_steps: Count = 3
     learning_rate: Positive = 1.0
     optimizer: LocalOptimizer = LocalOptimizer.SGD
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of local SGD, within one round
     fedprox_mu: NonNegative = 0.0
     micro_batch: Count = 32  # records in one forward pass; no influence on the result but rounding
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from common.adapter import Vector, write_vector
+from common.features import FeatureCache
 from common.models import AdaptedModel
-from common.tasks import Examples, IntArray, by_length, collate
+from common.tasks import Batch, Examples, IntArray, by_length, collate
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,27 @@ class MetricSums:
 
 @torch.no_grad()
 def evaluate(
-    model: AdaptedModel, vector: Vector, examples: Examples, indices: IntArray, micro_batch: int = 64
+    model: AdaptedModel,
+    vector: Vector,
+    examples: Examples,
+    indices: IntArray,
+    features: FeatureCache | None = None,
+    micro_batch: int = 64,
 ) -> MetricSums:
-    """Sums over `indices` with the adapter `vector`, `(model.layout.size,)`, in evaluation mode."""
+    """Sums over `indices` with the adapter `vector`, `(model.layout.size,)`, in evaluation mode.
+
+    `features` saves the encoder's work while rounds train the head only.
+    """
     write_vector(model.parameters, model.layout, vector)
     loss = correct = 0.0
     for part in by_length(examples, indices, micro_batch):
-        batch = collate(examples, part, model.pad_id, model.device)
-        logits = model.logits(batch.inputs)
+        if features is not None and model.head is not None:
+            cached = features.of(model, examples, part)[part]
+            logits = model.head(cached.to(model.device))
+            batch = Batch({}, torch.from_numpy(examples.target[part]).to(model.device))
+        else:
+            batch = collate(examples, part, model.pad_id, model.device)
+            logits = model.logits(batch.inputs)
         loss += float(model.task.record_losses(logits, batch).double().sum())
         correct += float(model.task.correct(logits, batch).double().sum())
     return MetricSums(loss, correct, len(indices))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from common.adapter import Vector, write_vector
 from common.config import RunConfig, TaskKind
 from common.models import AdaptedModel, model_path
+from common.privacy import epsilon_text
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class PrivacyClaim:
         if self.repeatable_noise:
             return "NOT PRIVATE: the noise is keyed by a public number, for study (--study-noise-seed)."
         return (
-            f"({self.epsilon_rdp:.3f}, {self.delta:g})-differentially private for each single training record "
-            "(add-or-remove neighbours) of each site, against whoever sees all updates of that site, the "
-            f"server included; enforced by Rényi accounting, {self.epsilon_pld:.3f} by privacy loss "
-            "distributions."
+            f"({epsilon_text(self.epsilon_rdp)}, {self.delta:g})-differentially private for each single "
+            "training record (add-or-remove neighbours) of each site, against whoever sees all updates of "
+            f"that site, the server included; enforced by Rényi accounting, {epsilon_text(self.epsilon_pld)} "
+            "by privacy loss distributions."
         )
 
 

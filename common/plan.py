@@ -36,6 +36,7 @@ class RoundPlan:
     sample_rate: float
     batch_size: int
     learning_rate: float
+    momentum: float
     optimizer: LocalOptimizer
     fedprox_mu: float
     micro_batch: int
@@ -157,7 +158,9 @@ def make_plan(config: RunConfig) -> Plan:
     if nominal is None or delta is None:
         raise ConfigError("privacy.nominal_records and privacy.delta must be set in a resolved configuration")
 
-    def one(part: Part, steps: int, rate: float, sigma: float | None, learning_rate: float) -> RoundPlan:
+    def one(
+        part: Part, steps: int, rate: float, sigma: float | None, learning_rate: float, momentum: float
+    ) -> RoundPlan:
         batch = max(1, int(rate * nominal))
         event = None
         if private:
@@ -167,23 +170,42 @@ def make_plan(config: RunConfig) -> Plan:
         # Head-only steps read features, not tokens: a thousand of them weigh less than one sentence.
         micro = max(training.micro_batch, 2048) if part is Part.HEAD else training.micro_batch
         return RoundPlan(
-            part, event, steps, rate, batch, learning_rate, training.optimizer, training.fedprox_mu, micro
+            part=part,
+            event=event,
+            steps=steps,
+            sample_rate=rate,
+            batch_size=batch,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            optimizer=training.optimizer,
+            fedprox_mu=training.fedprox_mu,
+            micro_batch=micro,
         )
 
-    rounds = [
-        one(Part.HEAD, warmup.local_steps, warmup.sample_rate, warmup.noise_multiplier, warmup.learning_rate)
-        for _ in range(warmup.rounds)
-    ]
-    rounds += [
+    probe = (
+        one(
+            Part.HEAD,
+            warmup.local_steps,
+            warmup.sample_rate,
+            warmup.noise_multiplier,
+            warmup.learning_rate,
+            warmup.momentum,
+        )
+        if warmup.rounds
+        else None
+    )
+    tune = [
         one(
             _part(config.adapter.method, number),
             training.local_steps,
             privacy.sample_rate,
             privacy.noise_multiplier,
             training.learning_rate,
+            training.momentum,
         )
         for number in range(config.run.rounds)
     ]
+    rounds = [probe] * warmup.rounds + tune if probe is not None else tune
     return Plan(tuple(rounds), privacy.target_epsilon, delta, private)
 
 

@@ -246,3 +246,8 @@ def default_delta(nominal_records: int) -> float:
     random would already satisfy it, so a factor of ten is kept at the least.
     """
     return min(1e-5, 1.0 / (10 * nominal_records))
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """Three digits, rounded up, so that what people read is still an upper bound."""
+    return "none" if epsilon is None else f"{math.ceil(epsilon * 1000) / 1000:.3f}"

@@ -14,7 +14,8 @@ from common.adapter import Layout, read_vector
 from common.config import RunConfig
 from common.errors import RoundError
 from common.evaluation import MetricSums, evaluate
-from common.models import AdaptedModel
+from common.features import FeatureCache
+from common.models import AdaptedModel, Part
 from common.plan import Plan
 from common.tasks import Examples, IntArray
 from server import checkpoint, cohort
@@ -35,6 +36,7 @@ class Job:
     plan_digest: str
     model: AdaptedModel
     public: Examples
+    features: FeatureCache  # of the public records, while rounds train the head only
 
 
 class Watcher(Protocol):
@@ -169,11 +171,13 @@ def _take(answer: cohort.Reply | cohort.Failure, total: PlainSum, number: int, p
 
 
 def _measure(job: Job, now: Checkpoint, *, everything: bool) -> MetricSums:
+    """The adapter on public records. While the encoder rests, all of them cost next to nothing."""
+    head_only = job.plan.round(max(now.round, 1)).part is Part.HEAD
     indices = np.arange(len(job.public))
     limit = job.config.evaluation.records
-    if limit and not everything and limit < len(indices):
+    if limit and not (everything or head_only) and limit < len(indices):
         indices = _subset(len(indices), limit, job.config.run.seed)
-    return evaluate(job.model, now.adapter, job.public, indices)
+    return evaluate(job.model, now.adapter, job.public, indices, job.features if head_only else None)
 
 
 def _subset(count: int, limit: int, seed: int) -> IntArray:

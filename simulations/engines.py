@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,20 +16,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
 from simulations.fleet import SimulatedSites
-
-
-class Engine(Enum):
-    INLINE = "inline"
-    RAY = "ray"
-
-
-def quiet_flower() -> None:
-    """No telemetry, no update checks, no installing at run time. Set before Flower starts anything."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
 class InlineGrid(Grid):

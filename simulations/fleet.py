@@ -14,8 +14,9 @@ import torch
 from flwr.app import Context
 
 from client.budget import Budget
+from client.selftest import self_test
 from client.site import Site
-from client.training import FeatureCache, Shard
+from client.training import Shard
 from common.config import DataSection, Partition, RunConfig, TaskKind
 from common.datasets import (
     CleaningReport,
@@ -30,6 +31,7 @@ from common.datasets import (
 )
 from common.errors import ConfigError, DataError
 from common.evaluation import MetricSums, evaluate
+from common.features import FeatureCache
 from common.models import AdaptedModel, load_model
 from common.noise import derived_key
 from common.plan import Plan, make_plan
@@ -148,6 +150,9 @@ class Fleet:
         self.examples: Examples = task.encode(split.table, self.model.tokenizer, config.model.max_length)
         self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
         self._features = FeatureCache()
+        if self.plan.private:
+            for part in {r.part for r in self.plan.rounds}:
+                self_test(self.model, part)
 
     @property
     def run_id(self) -> str:
@@ -192,6 +197,7 @@ class Fleet:
             plan_digest=self.plan_digest,
             model=self.model,
             public=self.public,
+            features=FeatureCache(),
         )
 
     def held_out_accuracy(self, adapter: np.ndarray) -> dict[str, MetricSums]:

@@ -14,7 +14,7 @@ import numpy as np
 import server.app
 from common import wire
 from common.adapter import Layout
-from common.config import RunConfig
+from common.config import Engine, RunConfig
 from common.errors import CheckpointError, ConfigError, PrivacyError
 from common.export import PrivacyClaim, export_adapter
 from common.models import load_model
@@ -25,7 +25,7 @@ from server.checkpoint import Checkpoint, write_atomically
 from server.record import RoundEvent, RunFolder
 from server.report import write_report
 from server.rounds import Watcher, start
-from simulations.engines import Engine, run_inline, run_ray
+from simulations.engines import run_inline, run_ray
 from simulations.fleet import Fleet, Split, open_fleet, split_data
 
 DEMO = Path(__file__).with_name("demo.toml")
