@@ -36,7 +36,7 @@ def _settings() -> None:
 
 def main() -> None:
     """Entry point: an error that a person should read is one screen, without a traceback."""
-    _settle_environment()
+    settle_environment()
     try:
         app()
     except ConfideError as error:
@@ -48,7 +48,7 @@ def _plain(error: ConfideError) -> str:
     return str(error).replace("[", r"\[")
 
 
-def _settle_environment() -> None:
+def settle_environment() -> None:
     """Defaults that libraries read when they are first imported; what the user has set stays.
 
     No telemetry, no update checks, no progress bars of their own. OMP_WAIT_POLICY: threads that wait for

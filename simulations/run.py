@@ -62,16 +62,22 @@ def create_folder(runs: Path, config: RunConfig) -> RunFolder:
             break
         except FileExistsError:
             number += 1
-    folder = RunFolder(runs / f"{name}-{number}")
+    folder = fill_folder(runs / f"{name}-{number}", config)
+    temporary = runs / f".{name}.{os.getpid()}.link"
+    temporary.symlink_to(folder.path.name)
+    temporary.replace(link)
+    return folder
+
+
+def fill_folder(path: Path, config: RunConfig) -> RunFolder:
+    """Put the run's secret (mode 0600) and, last, its configuration into an empty folder."""
+    folder = RunFolder(path)
     descriptor = os.open(folder.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(fresh_key())
         file.flush()
         os.fsync(file.fileno())
     write_atomically(folder.config, config.to_toml().encode())
-    temporary = runs / f".{name}.{os.getpid()}.link"
-    temporary.symlink_to(folder.path.name)
-    temporary.replace(link)
     return folder
 
 
