@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +15,7 @@ from flwr.serverapp import Grid
 from common import wire
 from common.adapter import Layout, read_vector
 from common.config import RunConfig
-from common.errors import RoundError
+from common.errors import RoundError, StatusCode
 from common.evaluation import MetricSums, evaluate
 from common.features import FeatureCache
 from common.models import AdaptedModel, Part
@@ -21,7 +24,10 @@ from common.tasks import Examples, IntArray
 from server import checkpoint, cohort
 from server.aggregation import OptimizerState, PlainSum, step
 from server.checkpoint import Checkpoint
+from server.curves import Curves
 from server.record import RoundEvent, RunFolder, SiteRound
+
+_REFUSALS = {code.value for code in StatusCode}
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,25 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
         RoundError: fewer than min_sites answered in three rounds on end.
     """
     now = start(job)
-    if now.round == 0:
-        sums = _measure(job, now, everything=True)
-        watcher.round_done(_finish(job, now, _event(sums, 0, "start")))
-    sites = cohort.roll_call(grid, job.config.server.deadline_seconds)
-    failed = 0
-    while now.round < len(job.plan.rounds):
-        now, counted = run_round(job, grid, now, sites, watcher)
-        failed = 0 if counted else failed + 1
-        if failed == 3:
-            raise RoundError(
-                "three rounds on end had fewer answers than server.min_sites = "
-                f"{job.config.server.min_sites}; the reasons stand in {job.folder.events}. Resume the run "
-                "when the sites can answer"
-            )
+    with closing(Curves(job.folder.tensorboard, now.round)) as curves:
+        if now.round == 0 and not job.folder.rounds():
+            event = _event(_measure(job, now, everything=True), 0, "start")
+            _finish(job, now, event)
+            curves.add(event)
+            watcher.round_done(event)
+        sites = cohort.roll_call(grid, job.config.server.deadline_seconds)
+        failed = 0
+        while now.round < len(job.plan.rounds):
+            now, event = run_round(job, grid, now, sites, watcher)
+            curves.add(event)
+            watcher.round_done(event)
+            failed = 0 if event.counted else failed + 1
+            if failed == 3:
+                raise RoundError(
+                    "three rounds on end had fewer answers than server.min_sites = "
+                    f"{job.config.server.min_sites}; the reasons stand in {job.folder.events}. Resume the "
+                    "run when the sites can answer"
+                )
     return now
 
 
@@ -91,8 +102,8 @@ def run_round(
     before: Checkpoint,
     sites: dict[int, int],
     watcher: Watcher,
-) -> tuple[Checkpoint, bool]:
-    """One round: the state after it, and whether it counted.
+) -> tuple[Checkpoint, RoundEvent]:
+    """One round: the state after it, and what is recorded of it.
 
     1. cohort   2. ask   3. sum as replies come   4. step   5. evaluate   6. checkpoint, then record
     """
@@ -120,15 +131,24 @@ def run_round(
 
     # 3. Sum as replies come: one accumulator, whatever the number of sites.
     total = PlainSum(part.size)
-    answered = 0
+    statuses: Counter[str] = Counter()
     for answer in answers:
         status, bytes_up = _take(answer, total, number, part), 0
         if isinstance(answer, cohort.Reply):
             bytes_up = answer.bytes_up
-        answered += status == "ok"
+        statuses[status] += 1
         charged = plan.event.to_json() if plan.event is not None and status == "ok" else None
         job.folder.append(SiteRound(number, answer.site, status, bytes_up, bytes_down, charged))
         watcher.site_done(number, len(asked))
+
+    answered = statuses["ok"]
+    if not answered and set(statuses) <= _REFUSALS:
+        # Every site has said no: asking again would not change that.
+        raise RoundError(
+            f"no site took part in round {number}: "
+            + ", ".join(f"{count} × {code}" for code, count in sorted(statuses.items()))
+            + ". Each site's own log says why"
+        )
 
     # 4. Step, unless too few answered: then the adapter stays as it was.
     counted = answered >= job.config.server.min_sites
@@ -148,8 +168,8 @@ def run_round(
     # 6. The round is done once its checkpoint is: a crash before that runs it again, to the same end.
     seconds = time.monotonic() - began
     event = _event(sums, number, plan.part.value, len(asked), answered, counted, seconds)
-    watcher.round_done(_finish(job, after, event))
-    return after, counted
+    _finish(job, after, event)
+    return after, event
 
 
 def _take(answer: cohort.Reply | cohort.Failure, total: PlainSum, number: int, part: Layout) -> str:
@@ -186,7 +206,7 @@ def _subset(count: int, limit: int, seed: int) -> IntArray:
     return chosen
 
 
-def _finish(job: Job, state: Checkpoint, event: RoundEvent) -> RoundEvent:
+def _finish(job: Job, state: Checkpoint, event: RoundEvent) -> None:
     """Record first: of events for one round the last counts, while a checkpoint ends the round for good."""
     job.folder.append(event)
     job.folder.write_metrics()
@@ -197,7 +217,6 @@ def _finish(job: Job, state: Checkpoint, event: RoundEvent) -> RoundEvent:
         layout_digest=job.model.layout.digest,
         keep=job.config.run.checkpoints,
     )
-    return event
 
 
 def _event(
@@ -216,7 +235,7 @@ def _event(
         answered,
         counted,
         None if sums is None else sums.accuracy,
-        None if sums is None else sums.mean_loss,
+        None if sums is None or not math.isfinite(sums.mean_loss) else sums.mean_loss,
         0 if sums is None else sums.count,
         seconds,
     )

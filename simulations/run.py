@@ -15,7 +15,7 @@ import server.app
 from common import wire
 from common.adapter import Layout
 from common.config import Engine, RunConfig
-from common.errors import CheckpointError, ConfigError, PrivacyError
+from common.errors import CheckpointError, ConfigError, PrivacyError, RoundError
 from common.export import PrivacyClaim, export_adapter
 from common.models import load_model
 from common.noise import fresh_key
@@ -93,11 +93,18 @@ def simulate(folder: RunFolder, engine: Engine, watcher: Watcher) -> Outcome:
     fleet = open_fleet(folder.path.resolve())
     job = fleet.job()
     app = server.app.make_app(lambda _: job, watcher)
-    match engine:
-        case Engine.INLINE:
-            run_inline(app, folder.path.resolve(), fleet.config.sites.count)
-        case Engine.RAY:
-            run_ray(app, folder.path.resolve(), fleet.config.sites.count)
+    try:
+        match engine:
+            case Engine.INLINE:
+                run_inline(app, folder.path.resolve(), fleet.config.sites.count)
+            case Engine.RAY:
+                run_ray(app, folder.path.resolve(), fleet.config.sites.count)
+    except RoundError as error:
+        # A deployed server could not read this; whoever simulates owns the sites.
+        for log in sorted(folder.path.glob("sites/*/site.log"))[:1]:
+            reason = log.read_text(encoding="utf-8").splitlines()[-1]
+            raise RoundError(f"{error}. Site {int(log.parent.name)}: {reason}") from None
+        raise
     end = start(job)
     if end.round != len(job.plan.rounds):
         raise CheckpointError(f"the run ended after round {end.round}; resume it: --resume {folder.path}")

@@ -1,0 +1,114 @@
+"""Bad input: a clear one-screen error, an exit code that means something, and nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import (
+    CheckpointError,
+    ConfideError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PrivacyError,
+)
+from tests.e2e.command import invoke, run_process
+
+Fault = tuple[str, list[str], type[ConfideError], str]
+
+# name, overrides, error, what the message must say
+FAULTS: list[Fault] = [
+    ("missing file", ['data.train="nowhere.csv"'], DataError, "nowhere.csv"),
+    ("missing column", ['data.text="txt"'], DataError, "txt"),
+    ("unseen label", ['task.labels=["bad","worse"]'], DataError, "good"),
+    ("target epsilon not positive", ["privacy.target_epsilon=0"], ConfigError, "privacy.target_epsilon"),
+    ("negative noise", ["privacy.noise_multiplier=-1.0"], ConfigError, "privacy.noise_multiplier"),
+    ("too little noise for the target", ["privacy.noise_multiplier=0.4"], PrivacyError, "target_epsilon"),
+    ("batch larger than a site", ["privacy.nominal_records=4000"], PrivacyError, "nominal_records"),
+    ("more sites than records", ["sites.count=1000"], DataError, "1000"),
+    ("more sites than groups", ['sites.partition="groups"', "sites.count=20"], DataError, "20"),
+    ("delta above one over the records", ["privacy.delta=0.5"], PrivacyError, "privacy.delta"),
+    ("unknown target module", ['adapter.target_modules=["q_proj"]'], ModelError, "query"),
+    ("layer that is not there", ["adapter.layers=[7]"], ModelError, "adapter.layers"),
+    ("missing model", ['model.name="no/such/model"'], ModelError, "no/such/model"),
+    ("unknown key", ["privacy.epsilon=3"], ConfigError, "target_epsilon"),
+    ("unknown device", ['run.device="tpu9"'], ModelError, "run.device"),
+    ("min_sites above count", ["server.min_sites=9"], ConfigError, "server.min_sites"),
+    ("warm-up without its head", ['model.head="default"'], ConfigError, "warmup.rounds"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "error", "says"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_fault(
+    name: str,
+    overrides: list[str],
+    error: type[ConfideError],
+    says: str,
+    config: Path,
+    tmp_path: Path,
+) -> None:
+    runs = tmp_path / "runs"
+    options = [part for key in overrides for part in ("--set", key)]
+    with pytest.raises(error) as caught:
+        invoke("simulate", config, "--runs", runs, "--json", *options)
+    message = str(caught.value)
+    assert says in message
+    assert len(message) < 1500
+    assert message.count("\n") < 12
+    assert not runs.exists() or not list(runs.glob("*/summary.json"))
+
+
+def test_the_command_line_prints_no_traceback(config: Path, tmp_path: Path) -> None:
+    done = run_process("simulate", config, "--set", "privacy.epsilon=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "did you mean privacy.target_epsilon" in " ".join(done.stderr.split())
+
+
+def test_nan_in_the_data(config: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label,group\nfine,good,g1\nnan,bad,g2\n")
+    with pytest.raises(DataError, match="row 3"):
+        invoke("simulate", config, "--set", f'data.train="{bad}"')
+
+
+def test_an_empty_site(config: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,label,group\n")
+    with pytest.raises(DataError, match=r"empty\.csv"):
+        invoke("simulate", config, "--set", f'data.train="{empty}"')
+
+
+def test_training_that_diverges_stops_with_a_reason(config: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(ConfideError, match=r"failed-model.*learning_rate"):
+        invoke("simulate", config, "--runs", runs, "--set", "warmup.learning_rate=3e38", "--json")
+    assert not (runs / "tiny" / "summary.json").exists()
+    assert not (runs / "tiny" / "adapter").exists()
+
+
+def test_a_corrupt_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    invoke("simulate", config, "--runs", runs, "--json")
+    newest = sorted((runs / "tiny" / "checkpoints").glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[-3] ^= 1
+    newest.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=newest.name):
+        invoke("simulate", "--resume", runs / "tiny", "--json")
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.toml"):
+        invoke("simulate", "--resume", tmp_path)
+
+
+def test_a_changed_configuration_is_noticed(config: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    invoke("simulate", config, "--runs", runs, "--json")
+    resolved = (runs / "tiny" / "config.toml").resolve()
+    resolved.write_text(resolved.read_text().replace("max_grad_norm = 0.5", "max_grad_norm = 5.0"))
+    with pytest.raises(CheckpointError, match="another configuration"):
+        invoke("simulate", "--resume", runs / "tiny", "--json")
