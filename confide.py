@@ -64,6 +64,7 @@ def settle_environment() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONWARNINGS": "ignore",  # of processes that Ray starts
     }.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")

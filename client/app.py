@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client.budget import Charge
 from client.site import Site
-from client.training import train
+from client.training import check_shard, train
 from common import wire
 from common.adapter import Layout
 from common.errors import ConfideError, ConfigError, ProtocolError, status_of
@@ -57,12 +57,14 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     """Check, charge, train, answer: in this order."""
     if not isinstance(request, wire.TrainRequest):
         raise ProtocolError(f"expected a train request, found {type(request).__name__}")
-    # 1. The server may name a round of the plan that this site holds, and nothing else.
+    # 1. The server may name a round of the plan that this site holds, and nothing else. Refusals come before
+    #    the charge, so that they cost nothing.
     if request.plan_digest != site.plan_digest:
         raise ConfigError("the server follows another plan than this site: compare the two configurations")
     if request.layout_digest != site.model.layout.digest:
         raise ProtocolError("the server's adapter has another layout than this site's model")
     plan = site.plan.round(request.round)
+    check_shard(site.shard, plan)
     # 2. Charge before anything is computed. The context pins all that the output depends on.
     context = hashlib.sha256(
         b"".join(

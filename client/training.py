@@ -92,6 +92,19 @@ def per_sample_gradients(module: nn.Module) -> Iterator[None]:
 Forward = Callable[[IntArray], tuple[torch.Tensor, Batch]]
 
 
+def check_shard(shard: Shard, plan: RoundPlan) -> None:
+    """Refuse to train on less than one batch.
+
+    Raises:
+        PrivacyError: the shard has fewer records than the public batch size.
+    """
+    if len(shard) < plan.batch_size:
+        raise PrivacyError(
+            f"a site must hold at least one batch: expected {plan.batch_size} records or more, found "
+            f"{len(shard)}. Lower privacy.sample_rate, or use fewer, larger sites"
+        )
+
+
 def train(
     model: AdaptedModel,
     shard: Shard,
@@ -109,11 +122,7 @@ def train(
         PrivacyError: the shard has fewer records than the public batch size.
         ModelError: a loss or the adapter is not finite.
     """
-    if len(shard) < plan.batch_size:
-        raise PrivacyError(
-            f"a site must hold at least one batch: expected {plan.batch_size} records or more, found "
-            f"{len(shard)}. Lower privacy.sample_rate, or use fewer, larger sites"
-        )
+    check_shard(shard, plan)
     write_vector(model.parameters, model.layout, start)
     active = model.active(plan.part)
     layout = Layout.of(active)

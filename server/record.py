@@ -18,7 +18,7 @@ from server.checkpoint import write_atomically
 
 @dataclass(frozen=True)
 class SiteRound:
-    """One site's part in one round. `event` is what it was charged, `None` where privacy is off."""
+    """One site's part in one round. `event` is the most that it was charged, `None` where that is nothing."""
 
     round: int
     site: int

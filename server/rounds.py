@@ -28,6 +28,13 @@ from server.curves import Curves
 from server.record import RoundEvent, RunFolder, SiteRound
 
 _REFUSALS = {code.value for code in StatusCode}
+# Answers that say that nothing was charged; see the order of checks in client/app.py.
+_FREE = {
+    StatusCode.REFUSED_BUDGET.value,
+    StatusCode.REFUSED_PRIVACY.value,
+    StatusCode.REFUSED_CONFIG.value,
+    StatusCode.REFUSED_PROTOCOL.value,
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,9 @@ def run_round(
         if isinstance(answer, cohort.Reply):
             bytes_up = answer.bytes_up
         statuses[status] += 1
-        charged = plan.event.to_json() if plan.event is not None and status == "ok" else None
+        # A site charges itself before it trains: whatever is not a refusal may have cost it this much.
+        free = plan.event is None or status in _FREE
+        charged = None if free or plan.event is None else plan.event.to_json()
         job.folder.append(SiteRound(number, answer.site, status, bytes_up, bytes_down, charged))
         watcher.site_done(number, len(asked))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -102,10 +103,14 @@ def run_ray(server: ServerApp, path: Path, sites: int) -> None:
     from flwr.simulation import run_simulation
 
     app = client.app.make_app(SimulatedSites(path))
-    resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    backend: BackendConfig = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"log_to_driver": False, "logging_level": "error"},
+    }
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     before = Path.cwd()
     os.chdir(path)
     try:
-        run_simulation(server, app, num_supernodes=sites, backend_config=resources)
+        run_simulation(server, app, num_supernodes=sites, backend_config=backend)
     finally:
         os.chdir(before)

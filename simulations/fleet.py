@@ -200,7 +200,7 @@ class Fleet:
             features=FeatureCache(),
         )
 
-    def held_out_accuracy(self, adapter: np.ndarray) -> dict[str, MetricSums]:
+    def held_out(self, adapter: np.ndarray) -> dict[str, MetricSums]:
         """The adapter on what each site held out. Simulation only: a deployed site tells nobody."""
         return {
             str(i): evaluate(self.model, adapter, self.examples, held)

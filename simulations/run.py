@@ -16,6 +16,7 @@ from common import wire
 from common.adapter import Layout
 from common.config import Engine, RunConfig
 from common.errors import CheckpointError, ConfigError, PrivacyError, RoundError
+from common.evaluation import MetricSums
 from common.export import PrivacyClaim, export_adapter
 from common.models import load_model
 from common.noise import fresh_key
@@ -116,10 +117,10 @@ def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outco
     folder, config = fleet.folder, fleet.config
     claim = _claim(fleet)
     export_adapter(fleet.model, end.adapter, config, claim, folder.adapter)
-    by_site = {site: sums.accuracy for site, sums in fleet.held_out_accuracy(end.adapter).items()}
+    held_out = fleet.held_out(end.adapter)
     rounds = folder.rounds()
     summary = {
-        **_summary(fleet, claim, rounds, by_site),
+        **_summary(fleet, claim, rounds, held_out),
         "engine": engine.value,
         "wall_seconds": round(time.monotonic() - began, 1),
         "adapter_dir": str(folder.adapter),
@@ -143,10 +144,11 @@ def _claim(fleet: Fleet) -> PrivacyClaim:
 
 
 def _summary(
-    fleet: Fleet, claim: PrivacyClaim, rounds: list[RoundEvent], by_site: dict[str, float]
+    fleet: Fleet, claim: PrivacyClaim, rounds: list[RoundEvent], held_out: dict[str, MetricSums]
 ) -> dict[str, Any]:
     config, sites = fleet.config, fleet.folder.site_rounds()
     answered = [s.bytes_up for s in sites if s.status == "ok"]
+    by_site = {site: sums.accuracy for site, sums in held_out.items()}
     worst = min(by_site, key=lambda site: by_site[site]) if by_site else None
     return {
         "name": config.run.name,
@@ -164,6 +166,7 @@ def _summary(
         "majority_class": majority_share(fleet),
         "accuracy_by_group": by_site,
         "accuracy_by_group_of": "records that each simulated site held out of training",
+        "records_by_group": {site: sums.count for site, sums in held_out.items()},
         "worst_site": worst,
         "accuracy_worst_site": None if worst is None else by_site[worst],
         "epsilon_rdp_max": claim.epsilon_rdp,

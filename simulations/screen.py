@@ -110,11 +110,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "accuracy before → after",
         f"{percent(summary['accuracy_initial'])} → {percent(summary['accuracy_final'])}",
     )
+    if summary["loss_final"] is not None:
+        table.add_row("loss before → after", f"{summary['loss_initial']:.3f} → {summary['loss_final']:.3f}")
     if summary["majority_class"] is not None:
         table.add_row("always saying the commonest label", percent(summary["majority_class"]))
     if summary["worst_site"] is not None:
         accuracy, site = percent(summary["accuracy_worst_site"]), summary["worst_site"]
-        table.add_row("worst site", f"{accuracy} (site {site}, on records that it held out)")
+        table.add_row(
+            "worst site",
+            f"{accuracy} (site {site}, on {summary['records_by_group'][site]} records that it held out)",
+        )
     table.add_row(
         "ε of a site, worst",
         f"{epsilon_text(summary['epsilon_rdp_max'])} (Rényi, enforced; target "
