@@ -207,6 +207,8 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
         p.requires_grad_(False)
     for p in parameters.values():
         p.data = p.data.float()
+    if bad := [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]:
+        raise ModelError(f"the weights {bad[0]} of {config.model.name} are not finite: the file is damaged")
     module.eval().to(device)
     return AdaptedModel(module, peft, tokenizer, task, dict(sorted(parameters.items())), device)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from common.errors import (
     CheckpointError,
@@ -13,6 +16,7 @@ from common.errors import (
     DataError,
     ModelError,
     PrivacyError,
+    RoundError,
 )
 from tests.e2e.command import invoke, run_process
 
@@ -83,10 +87,23 @@ def test_an_empty_site(config: Path, tmp_path: Path) -> None:
 
 def test_training_that_diverges_stops_with_a_reason(config: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    with pytest.raises(ConfideError, match=r"failed-model.*learning_rate"):
-        invoke("simulate", config, "--runs", runs, "--set", "warmup.learning_rate=3e38", "--json")
+    keys = ("warmup.learning_rate=3e38", "warmup.momentum=0.99", "warmup.local_steps=60")
+    options = [part for key in keys for part in ("--set", key)]
+    with pytest.raises(RoundError, match=r"failed-model.*learning_rate"):
+        invoke("simulate", config, "--runs", runs, *options, "--json")
     assert not (runs / "tiny" / "summary.json").exists()
     assert not (runs / "tiny" / "adapter").exists()
+
+
+def test_a_model_whose_weights_are_not_finite(config: Path, tmp_path: Path, bert_folder: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(bert_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not finite"):
+        invoke("simulate", config, "--set", f'model.name="{broken}"', "--json", "--runs", tmp_path / "runs")
 
 
 def test_a_corrupt_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
