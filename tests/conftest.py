@@ -1,0 +1,204 @@
+"""What the tests share: tiny models with random weights, a small table, and a configuration for them.
+
+Nothing here needs a network. Models are built once a session, from a config and a seed.
+"""
+# ruff: noqa: E402 - the environment comes first: torch reads it when it is imported
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+for name, value in {
+    "OMP_WAIT_POLICY": "PASSIVE",  # read when torch is first imported
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from common.adapter import Vector
+from common.config import RunConfig, TaskKind, parse_config
+from common.datasets import Columns, read_table
+from common.models import AdaptedModel, load_model
+from common.tasks import Examples, make_task
+
+torch.set_num_threads(1)
+
+LABELS = ("bad", "good")
+WORDS = (*(f"w{i}" for i in range(40)), "some", "text", "good", "bad", "is", "this")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "[EOS]")
+
+
+def save_tokenizer(folder: Path, *, encoder: bool) -> int:
+    """A whole-word tokenizer, with an encoder's special tokens or a decoder's; its vocabulary's size."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    if encoder:
+        tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B [SEP]",
+            special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+        )
+        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    else:
+        special = {"bos_token": "[BOS]", "eos_token": "[EOS]"}  # no padding token, as with GPT-2
+    inputs = ["input_ids", *(["token_type_ids"] if encoder else []), "attention_mask"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", model_input_names=inputs, **special
+    )
+    fast.save_pretrained(str(folder))
+    return len(vocabulary)
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """A model of two layers and sixteen dimensions: weights in safetensors, tokenizer beside them."""
+    size = save_tokenizer(folder, encoder=kind == "bert")
+    wide = {"vocab_size": size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        match kind:
+            case "bert":
+                # Weights ten times the usual, so that layers of this size say something.
+                bert = BertConfig(
+                    **wide, intermediate_size=32, max_position_embeddings=64, initializer_range=0.2
+                )
+                BertModel(bert).save_pretrained(str(folder))
+            case "gpt2":
+                gpt2 = GPT2Config(
+                    vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2
+                )
+                gpt2.bos_token_id = SPECIAL.index("[BOS]")
+                gpt2.eos_token_id = SPECIAL.index("[EOS]")
+                GPT2LMHeadModel(gpt2).save_pretrained(str(folder))
+            case "llama":
+                llama = LlamaConfig(
+                    **wide,
+                    intermediate_size=32,
+                    max_position_embeddings=64,
+                    num_key_value_heads=1,
+                    initializer_range=0.2,
+                    bos_token_id=SPECIAL.index("[BOS]"),
+                    eos_token_id=SPECIAL.index("[EOS]"),
+                )
+                LlamaForCausalLM(llama).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 records of one to nine words in eight groups; the label follows from the words."""
+    path = tmp_path_factory.mktemp("data") / "records.csv"
+    rng = np.random.default_rng(3)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "prompt", "group"])
+        for i in range(160):
+            label = LABELS[int(rng.integers(2))]
+            words = [*rng.choice(WORDS[:40], size=rng.integers(1, 9)), label, f"w{i % 40}", f"n{i}"]
+            writer.writerow([" ".join(words), label, "is this", f"g{i % 8}"])
+    return path
+
+
+def tiny_config(folder: Path, train: Path, /, **sections: dict[str, Any]) -> RunConfig:
+    """A configuration for a tiny model; `sections` add to or replace keys, as `adapter={"rank": 2}`."""
+    data: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "rounds": 2, "threads": 1, "device": "cpu"},
+        "model": {"name": str(folder), "max_length": 32},
+        "adapter": {"rank": 2},
+        "data": {"train": str(train)},
+        "sites": {"count": 3},
+        "privacy": {"sample_rate": 0.2, "nominal_records": 40, "delta": 1e-3},
+        "training": {"local_steps": 2},
+    }
+    for section, keys in sections.items():
+        data[section] = {**data.get(section, {}), **keys}
+    return parse_config(data, source="a test")
+
+
+def tiny_model(config: RunConfig) -> AdaptedModel:
+    labels = LABELS if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION else ()
+    return load_model(config, make_task(config.task.kind, labels))
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny model and the records of `data_file`, tokenised for it. Shared by tests, as by sites: whoever
+    uses the model first writes the adapter that they want."""
+
+    config: RunConfig
+    model: AdaptedModel
+    examples: Examples
+
+
+# model and task: which folder, and the sections of its configuration
+KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "bert-mean": ("bert", {"model": {"head": "mean"}}),
+    "bert-default": ("bert", {"model": {"head": "default"}}),
+    "gpt2-classify": ("gpt2", {}),
+    "gpt2-causal": ("gpt2", {"task": {"kind": "causal-lm"}, "data": {"prompt": "prompt"}}),
+    "llama-causal": ("llama", {"task": {"kind": "causal-lm"}}),
+}
+
+
+@pytest.fixture(scope="session")
+def world(bert_folder: Path, gpt2_folder: Path, llama_folder: Path, data_file: Path) -> Callable[..., World]:
+    """`world(kind, method)`: see KINDS; built once for each."""
+    folders = {"bert": bert_folder, "gpt2": gpt2_folder, "llama": llama_folder}
+
+    @cache
+    def build(kind: str, method: str = "ffa") -> World:
+        folder, sections = KINDS[kind]
+        config = tiny_config(folders[folder], data_file, **sections, adapter={"rank": 2, "method": method})
+        model = tiny_model(config)
+        label = "label" if model.task.labels else None
+        table = read_table(data_file, Columns("text", label, config.data.prompt))
+        return World(config, model, model.task.encode(table, model.tokenizer, config.model.max_length))
+
+    return build
+
+
+def moved(model: AdaptedModel, seed: int = 0) -> Vector:
+    """An adapter at a generic point: at the injected one, B = 0 hides every fault behind it."""
+    return (0.05 + 0.1 * np.random.default_rng(seed).normal(size=model.layout.size)).astype(np.float32)
