@@ -1,5 +1,5 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each sets up by itself.
-.PHONY: demo test check slow setup clean
+.PHONY: demo test check slow model setup clean
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -18,6 +18,11 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Exhaustive check of the secure-aggregation protocol's state machines; needs Debian's spin and gcc.
+model:
+	command -v spin >/dev/null && command -v gcc >/dev/null || apt-get install -y spin gcc
+	sh tests/model/run.sh
 
 setup: .venv/.ready
 
