@@ -253,3 +253,58 @@ def test_doctor_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["doctor", "--help"]])
 def test_help_teaches(arguments: list[str]) -> None:
     assert "Usage" in invoke(*arguments)
+
+
+def test_a_language_model_learns_to_answer(tmp_path: Path, llama_folder: Path, data_file: Path) -> None:
+    """causal-lm from the command line, in alternate rounds of A and B, with a server optimizer."""
+    path = tmp_path / "confide.toml"
+    path.write_text(
+        f"""
+[run]
+rounds = 4
+threads = 1
+[task]
+kind = "causal-lm"
+[model]
+name = "{llama_folder}"
+max_length = 24
+[adapter]
+method = "rolora"
+[data]
+train = "{data_file}"
+prompt = "prompt"
+[sites]
+count = 2
+[privacy]
+delta = 1e-3
+sample_rate = 0.5
+[training]
+learning_rate = 0.3
+[server]
+optimizer = "fedavgm"
+"""
+    )
+    summary = json.loads(invoke("simulate", path, "--runs", tmp_path / "runs", "--json"))
+    assert summary["task"] == "causal-lm"
+    assert summary["loss_final"] < summary["loss_initial"]
+    assert summary["epsilon_rdp_max"] <= 8.0
+    parts = [
+        json.loads(line)["part"]
+        for line in (tmp_path / "runs" / "run" / "events.jsonl").read_text().splitlines()
+        if '"kind":"round"' in line
+    ]
+    assert parts == ["start", "b+head", "a+head", "b+head", "a+head"]
+
+
+@pytest.mark.slow
+def test_ray_and_inline_agree(config: Path, tmp_path: Path) -> None:
+    """The same apps, the same secret: the two engines differ by the order of a float64 sum at most."""
+    first, second = _twins(config, tmp_path)
+    for run, engine in ((first, "inline"), (second, "ray")):
+        done = run_process("simulate", "--resume", run, "--engine", engine, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["engine"] == engine
+    a = load_file(first / "adapter" / "adapter_model.safetensors")
+    b = load_file(second / "adapter" / "adapter_model.safetensors")
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)

@@ -1,0 +1,77 @@
+"""The documents are true: examples parse, every key is named, commands exist."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+import confide
+from common.config import RunConfig, load_config, parse_config
+from simulations.run import DEMO
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_complete_example_parses() -> None:
+    config = parse_config(tomllib.loads(_blocks(CONFIGURATION, "toml")[0]), source="docs/configuration.md")
+    assert config.run.name == "intents"
+    assert config.warmup.target_epsilon < config.privacy.target_epsilon
+
+
+def test_the_causal_example_parses() -> None:
+    config = parse_config(tomllib.loads(_blocks(CONFIGURATION, "toml")[1]), source="docs/configuration.md")
+    assert config.data.prompt == "question"
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    sections = re.split(r"^### \[(\w+)\]$", CONFIGURATION, flags=re.MULTILINE)
+    documented = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert set(documented) == set(RunConfig.model_fields)
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+?) \|$", documented[name], flags=re.MULTILINE)
+        assert [key for key, _, _ in rows] == list(section.model_fields), name
+        for key, default, meaning in rows:
+            value = section.model_fields[key].default
+            assert meaning.strip(), f"{name}.{key}"
+            if isinstance(value, bool):
+                assert default == str(value).lower()
+            elif isinstance(value, int | float):
+                assert float(default) == value, f"{name}.{key}"
+
+
+def test_the_demo_is_a_configuration_and_within_three() -> None:
+    config = load_config(DEMO)
+    assert config.privacy.target_epsilon <= 3
+    assert config.sites.count == 8
+
+
+def test_readme_names_make_targets_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"`?make (\w+)", readme))
+    assert {"demo", "test", "check", "slow"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_commands_and_options_in_documents_exist() -> None:
+    text = (
+        CONFIGURATION + (ROOT / "README.md").read_text("utf-8") + (ROOT / "docs" / "privacy.md").read_text()
+    )
+    known = CliRunner().invoke(confide.app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout
+    for option in set(re.findall(r"confide simulate[^\n`]*?(--[a-z-]+)", text)):
+        assert option in known, option
+    for command in set(re.findall(r"confide (\w+)", text)) - {"is"}:
+        assert CliRunner().invoke(confide.app, [command, "--help"]).exit_code == 0, command
