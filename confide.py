@@ -12,6 +12,7 @@ import warnings
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from common.errors import ConfideError
 from simulations import cli, doctor
@@ -40,12 +41,11 @@ def main() -> None:
     try:
         app()
     except ConfideError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}")
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
-
-
-def _plain(error: ConfideError) -> str:
-    return str(error).replace("[", r"\[")
+    except OSError as error:
+        Console(stderr=True, highlight=False, markup=False).print(f"error: {error}")
+        sys.exit(1)
 
 
 def settle_environment() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import traceback
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ from client.budget import Charge
 from client.site import Site
 from client.training import check_shard, train
 from common import wire
-from common.adapter import Layout
+from common.adapter import Layout, check_vector
 from common.errors import ConfideError, ConfigError, ProtocolError, status_of
 from common.noise import NoiseStream
 
@@ -41,16 +43,19 @@ def _answer(
 ) -> Message:
     """Decode, handle, encode. An exception's text could carry data, and Flower would send it verbatim."""
     site: Site | None = None
-    reply: wire.Message
     try:
         site = open_site(context)
-        reply = handle(site, wire.decode(message.content))
+        return Message(wire.encode(handle(site, wire.decode(message.content))), reply_to=message)
     except Exception as error:
-        if site is not None:
-            known = isinstance(error, ConfideError)
-            site.log(str(error) if known else traceback.format_exc())
-        reply = wire.Refusal(site.site_id if site else 0, status_of(error))
-    return Message(wire.encode(reply), reply_to=message)
+        text = str(error) if isinstance(error, ConfideError) else traceback.format_exc()
+        with contextlib.suppress(Exception):  # a log that cannot be written must not speak either
+            if site is None:
+                logging.getLogger("confide.site").error("a site cannot be opened: %s", text)
+            else:
+                site.log(text)
+        return Message(
+            wire.encode(wire.Refusal(site.site_id if site else 0, status_of(error))), reply_to=message
+        )
 
 
 def _train(site: Site, request: wire.Message) -> wire.Message:
@@ -64,6 +69,7 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     if request.layout_digest != site.model.layout.digest:
         raise ProtocolError("the server's adapter has another layout than this site's model")
     plan = site.plan.round(request.round)
+    check_vector(site.model.layout, request.vector)
     check_shard(site.shard, plan)
     # 2. Charge before anything is computed. The context pins all that the output depends on.
     context = hashlib.sha256(
@@ -75,6 +81,8 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
                 request.round.to_bytes(4, "little"),
                 request.attempt.to_bytes(4, "little"),
                 site.plan_digest.encode(),
+                site.setting,
+                site.shard.digest,
                 request.vector.tobytes(),
             )
         )

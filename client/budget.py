@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import PrivacyError
+from common.files import sync_folder
 from common.privacy import SampledGaussianEvent, check_spend, epsilon_pld, epsilon_rdp
 
 
@@ -67,12 +68,26 @@ class Budget:
             "context": charge.context,
             "event": charge.event.to_json(),
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self._path, json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._charges.append(charge)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """The whole line on disk, file and folders included, or, after an error, nothing of it."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        length = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError("short write")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(length)
+            raise
+    if new:
+        for folder in (path.parent, path.parent.parent, path.parent.parent.parent):
+            sync_folder(folder)
 
 
 def _read(path: Path) -> list[Charge]:
@@ -90,7 +105,7 @@ def _read(path: Path) -> list[Charge]:
             fields = json.loads(line)
             event = SampledGaussianEvent.from_json(fields.pop("event"))
             charges.append(Charge(event=event, **fields))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PrivacyError(
                 f"{path}, line {number}, is not a charge ({type(error).__name__}): the spend of this site is "
                 "unknown, so nothing more may be computed on its data. Restore the file"

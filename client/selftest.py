@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from client.training import CsprngDPOptimizer, Shard, per_sample_gradients, private_step
+from client.training import CsprngDPOptimizer, Shard, forward_of, per_sample_gradients, private_step
 from common.adapter import Layout, Vector, read_vector, write_vector
 from common.errors import PrivacyError
+from common.features import FeatureCache
 from common.models import AdaptedModel, Part
 from common.noise import NoiseStream
 from common.privacy import SampledGaussianEvent
@@ -94,16 +95,19 @@ def _check_gradients(model: AdaptedModel, part: Part, shard: Shard) -> None:
     layout = Layout.of(active)
     parameters = [active[name] for name, _ in layout.entries]
 
-    def forward(indices: IntArray) -> tuple[torch.Tensor, Batch]:
+    # The very path that training takes: for the head alone, hooks on it and features from a cache.
+    module, forward = forward_of(model, shard, part, FeatureCache())
+
+    def whole(indices: IntArray) -> tuple[torch.Tensor, Batch]:
         batch = _batch(model, shard, indices)
         return model.logits(batch.inputs), batch
 
-    with model.training(active):
+    with model.training(active, dropout=False):
         oracle = []
         for i in shard.indices:
             for p in parameters:
                 p.grad = None
-            logits, batch = forward(np.array([i]))
+            logits, batch = whole(np.array([i]))
             model.task.record_losses(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
             if any(p.grad is None for p in parameters):
                 raise _refuse("a trainable parameter takes no part in the loss")
@@ -118,7 +122,7 @@ def _check_gradients(model: AdaptedModel, part: Part, shard: Shard) -> None:
         key = bytes(range(32))
         optimizer = CsprngDPOptimizer(torch.optim.SGD(parameters, lr=1.0), event, NoiseStream(key))
         start = [p.detach().clone() for p in parameters]
-        with per_sample_gradients(model.module):
+        with per_sample_gradients(module):
             logits, batch = forward(shard.indices)
             model.task.record_losses(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
             for number, p in enumerate(parameters):

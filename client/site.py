@@ -28,6 +28,7 @@ class Site:
     model: AdaptedModel
     plan: Plan
     plan_digest: str
+    setting: bytes  # hash of the configuration and of the base model's weights
     budget: Budget
     noise_key: Callable[[bytes], bytes]
     repeatable_noise: bool

@@ -5,9 +5,11 @@ Record-level, add-or-remove neighbours, local trust: see common.privacy for what
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,6 +37,16 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the records, in order."""
+        h = hashlib.sha256(b"confide/shard/v1")
+        h.update(self.examples.lengths[self.indices].tobytes() + self.examples.target[self.indices].tobytes())
+        for index in self.indices:
+            start, end = self.examples.starts[index : index + 2]
+            h.update(self.examples.tokens[start:end].tobytes())
+        return h.digest()
 
 
 class CsprngDPOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -128,8 +140,12 @@ def train(
     layout = Layout.of(active)
     before = read_vector(active, layout)
     parameters = [active[name] for name, _ in layout.entries]
-    module, forward = _forward(model, shard, plan, features)
-    with model.training(active):
+    module, forward = forward_of(model, shard, plan.part, features)
+    with model.training(active), torch.random.fork_rng():
+        # Dropout draws from torch's generator: seeded from the site's key, so that a repeated computation
+        # is the same one, and not the same noise over another mask.
+        if model.has_dropout:
+            torch.manual_seed(noise.seed())
         optimizer = _local_optimizer(plan, parameters)
         if plan.event is None:
             _steps_without_privacy(forward, model.task, shard, plan, optimizer, noise)
@@ -147,11 +163,11 @@ def train(
     return after - before
 
 
-def _forward(
-    model: AdaptedModel, shard: Shard, plan: RoundPlan, features: FeatureCache
+def forward_of(
+    model: AdaptedModel, shard: Shard, part: Part, features: FeatureCache
 ) -> tuple[nn.Module, Forward]:
     """The module whose parameters train, and how records go through it."""
-    if plan.part is Part.HEAD and model.head is not None:
+    if part is Part.HEAD and model.head is not None:
         head = model.head
         cached = features.of(model, shard.examples, shard.indices)
 

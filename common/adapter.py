@@ -70,12 +70,11 @@ def read_vector(parameters: Mapping[str, torch.Tensor], layout: Layout) -> Vecto
     return vector
 
 
-@torch.no_grad()
-def write_vector(parameters: Mapping[str, torch.Tensor], layout: Layout, vector: Vector) -> None:
-    """Copy `vector`, `(layout.size,)` float32, into the parameters.
+def check_vector(layout: Layout, vector: Vector) -> None:
+    """Refuse a vector that is no adapter of this layout.
 
     Raises:
-        ModelError: on a wrong length or type, or a value that is not finite; nothing is written then.
+        ModelError: on a wrong length or type, or a value that is not finite.
     """
     if vector.shape != (layout.size,) or vector.dtype != np.float32:
         raise ModelError(
@@ -87,6 +86,16 @@ def write_vector(parameters: Mapping[str, torch.Tensor], layout: Layout, vector:
             "the adapter has values that are not finite: training diverged. Lower training.learning_rate "
             "(or server.learning_rate) and resume from an earlier checkpoint"
         )
+
+
+@torch.no_grad()
+def write_vector(parameters: Mapping[str, torch.Tensor], layout: Layout, vector: Vector) -> None:
+    """Copy `vector`, `(layout.size,)` float32, into the parameters.
+
+    Raises:
+        ModelError: on a wrong length or type, or a value that is not finite; nothing is written then.
+    """
+    check_vector(layout, vector)
     start = 0
     source = torch.from_numpy(np.array(vector))
     for (name, shape), size in zip(layout.entries, layout.sizes, strict=True):

@@ -16,14 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from common.errors import ConfigError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 class TaskKind(Enum):
@@ -75,20 +83,19 @@ class Engine(Enum):
     RAY = "ray"
 
 
-class BaseDtype(Enum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunSection(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
-    seed: Annotated[int, Field(ge=0)] = 0  # partition, adapter start, cohorts. Never the noise.
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = (
+        0  # partition, adapter start, cohorts. Never the noise.
+    )
     rounds: Count = 10  # in which the adapter trains; warmup.rounds come before
-    threads: Annotated[int, Field(ge=0)] = 0  # torch threads; 0: all cores. Kept, since sums depend on it.
+    threads: Annotated[int, Field(strict=True, ge=0)] = (
+        0  # torch threads; 0: all cores. Kept, since sums depend on it.
+    )
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     checkpoints: Count = 3  # how many of the newest checkpoints are kept
 
@@ -102,19 +109,18 @@ class ModelSection(_Section):
     name: str  # a folder, a hub id, or sample:all-minilm-l6-v2
     gguf_file: str | None = None  # a GGUF file inside that folder
     head: Head = Head.DEFAULT
-    max_length: Count = 128  # tokens kept of a record
-    dtype: BaseDtype = BaseDtype.FLOAT32  # of the frozen base; adapters stay float32
-    allow_pickle: bool = False  # weights only in .bin files run code when loaded: off
+    max_length: Annotated[int, Field(strict=True, ge=8)] = 128  # tokens kept of a record
+    allow_pickle: StrictBool = False  # weights only in .bin files run code when loaded: off
 
 
 class AdapterSection(_Section):
     method: AdapterMethod = AdapterMethod.FFA
     rank: Count = 8
     alpha: Positive = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ()  # empty: attention's query and value, by architecture
     layers: tuple[int, ...] = ()  # indices of adapted layers, negative from the end; empty: all
-    train_head: bool = True
+    train_head: StrictBool = True
 
 
 class DataSection(_Section):
@@ -122,30 +128,42 @@ class DataSection(_Section):
     train: Path | None = None  # csv, tsv, jsonl, parquet (also .gz, .bz2, .xz) or a `datasets` folder
     test: Path | None = None  # the server's public evaluation set; none: test_fraction of train
     text: str = "text"  # column names
-    label: str | None = "label"
+    label: str | None = "label"  # "": none
     prompt: str | None = None
     group: str | None = None
-    test_fraction: Fraction = 0.2  # held out as public evaluation set, by whole groups where groups exist
+    test_fraction: Fraction = 0.2  # held out as public evaluation set, by whole groups where group is set
     max_characters: Count = 20_000  # longer records are left out
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _no_label(cls, value: object) -> object:
+        return None if value == "" else value
 
 
 class SitesSection(_Section):
-    count: Annotated[int, Field(ge=1)] = 8
+    count: Annotated[int, Field(strict=True, ge=1)] = 8
     partition: Partition = Partition.IID
     dirichlet_alpha: Positive = 0.5
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of each site, never trained on; simulation only
+    holdout: Annotated[float, Field(strict=True, ge=0, lt=1)] = (
+        0.0  # of each site, never trained on; simulation only
+    )
 
 
 class PrivacySection(_Section):
     unit: Unit = Unit.RECORD
     trust: Trust = Trust.LOCAL
     target_epsilon: Positive = 8.0  # of one site over all rounds
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None  # none: see common.privacy.default_delta
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # of Poisson sampling; public, one for all sites
+    delta: Annotated[float, Field(strict=True, ge=1e-30, lt=1)] | None = (
+        None  # none: see common.privacy.default_delta
+    )
+    sample_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = (
+        0.05  # of Poisson sampling; public, one for all sites
+    )
     max_grad_norm: Positive = 0.5
     noise_multiplier: Positive | None = None  # none: calibrated to target_epsilon
-    nominal_records: Count | None = None  # published records of a site; none: the smallest simulated site
-    insecure_disabled: bool = False  # study only: no clipping, no noise, no claim
+    nominal_records: Count | None = None  # published records of a site; none: read from the data
+    read_from_data: tuple[str, ...] = ()  # keys that were: filled in, not set. Taken as public.
+    insecure_disabled: StrictBool = False  # study only: no clipping, no noise, no claim
 
 
 class WarmupSection(_Section):
@@ -155,11 +173,11 @@ class WarmupSection(_Section):
     2022, 2202.10054), and under DP head-only steps are cheap: few parameters, whole-site batches.
     """
 
-    rounds: Annotated[int, Field(ge=0)] = 0
+    rounds: Annotated[int, Field(strict=True, ge=0)] = 0
     local_steps: Count = 10
     learning_rate: Positive = 12.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.8  # of local SGD, within one round
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.8  # of local SGD, within one round
+    sample_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     target_epsilon: Positive = 2.0  # of privacy.target_epsilon, what the warm-up alone may spend
     noise_multiplier: Positive | None = None  # none: calibrated to warmup.target_epsilon
 
@@ -168,7 +186,7 @@ class TrainingSection(_Section):
     local_steps: Count = 3
     learning_rate: Positive = 1.0
     optimizer: LocalOptimizer = LocalOptimizer.SGD
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of local SGD, within one round
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0  # of local SGD, within one round
     fedprox_mu: NonNegative = 0.0
     micro_batch: Count = 32  # records in one forward pass; no influence on the result but rounding
 
@@ -176,21 +194,29 @@ class TrainingSection(_Section):
 class ServerSection(_Section):
     optimizer: ServerOptimizer = ServerOptimizer.FEDAVG
     learning_rate: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # FedAvgM; first moment of FedAdam and FedYogi
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = (
+        0.9  # FedAvgM; first moment of FedAdam and FedYogi
+    )
+    beta2: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3  # adaptivity, Reddi et al. 2021
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the live sites, asked in a round
+    fraction: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # of the live sites, asked in a round
     min_sites: Count = 2  # fewer replies: the round does not count
     deadline_seconds: Positive = 3600.0  # of one exchange
 
 
 class EvaluationSection(_Section):
-    every: Annotated[int, Field(ge=0)] = 1  # rounds between evaluations; 0: only before and after
-    records: Annotated[int, Field(ge=0)] = 0  # of an evaluation between; 0: all. Before and after: all.
+    every: Annotated[int, Field(strict=True, ge=0)] = (
+        1  # rounds between evaluations; 0: only before and after
+    )
+    records: Annotated[int, Field(strict=True, ge=0)] = (
+        0  # of an evaluation between; 0: all. Before and after: all.
+    )
 
 
 class StudySection(_Section):
-    noise_seed: Annotated[int, Field(ge=0)] | None = None  # repeatable noise: not private, stamps the report
+    noise_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = (
+        None  # repeatable noise: not private, stamps the report
+    )
 
 
 class RunConfig(_Section):
@@ -219,6 +245,8 @@ class RunConfig(_Section):
             raise ValueError("model.head: 'mean' is for sequence-classification on encoders")
         if self.sites.partition is Partition.GROUPS and self.data.group is None:
             raise ValueError("sites.partition: 'groups' needs data.group, the column that names the group")
+        if self.model.head is Head.MEAN and not self.adapter.train_head:
+            raise ValueError("adapter.train_head: a mean-pooled head starts at zero, so it must train")
         if self.warmup.rounds:
             if self.model.head is not Head.MEAN or not self.adapter.train_head:
                 raise ValueError("warmup.rounds: a warm-up needs model.head = 'mean' and adapter.train_head")
@@ -236,6 +264,8 @@ class RunConfig(_Section):
     def to_toml(self) -> str:
         """The complete configuration; keys that are not set are left out, since TOML has no null."""
         data = self.model_dump(mode="json", exclude_none=True)
+        if self.data.label is None:
+            data["data"]["label"] = ""  # TOML has no null, and the default is a column
         return tomli_w.dumps(data)
 
     def digest(self) -> bytes:
@@ -261,6 +291,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(data, override)
     return parse_config(data, source=str(path), base=path.resolve().parent)
+
+
+def refuse_study(config: RunConfig) -> None:
+    """Study switches come from the command line alone, so that no file can turn privacy off unseen.
+
+    Raises:
+        ConfigError: the configuration sets one.
+    """
+    if config.privacy.insecure_disabled or config.study.noise_seed is not None:
+        raise ConfigError(
+            "privacy.insecure_disabled and study.noise_seed cannot be set in a file or by --set: give "
+            "--insecure-no-privacy or --study-noise-seed on the command line"
+        )
 
 
 def parse_config(data: dict[str, Any], *, source: str, base: Path | None = None) -> RunConfig:

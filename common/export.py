@@ -26,6 +26,7 @@ class PrivacyClaim:
     epsilon_pld: float | None
     delta: float
     secure_aggregation: bool
+    read_from_data: tuple[str, ...]  # keys whose values came from the data and are taken as public
     repeatable_noise: bool  # a study's noise, keyed by a public number: no claim holds
 
     @property
@@ -43,6 +44,11 @@ class PrivacyClaim:
             "training record (add-or-remove neighbours) of each site, against whoever sees all updates of "
             f"that site, the server included; enforced by Rényi accounting, {epsilon_text(self.epsilon_pld)} "
             "by privacy loss distributions."
+            + (
+                f" This takes {' and '.join(self.read_from_data)} as public, which were read from the data."
+                if self.read_from_data
+                else ""
+            )
         )
 
 

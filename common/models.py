@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -117,14 +118,23 @@ class AdaptedModel:
         logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
         return logits
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapter drops inputs at random while it trains."""
+        return any(
+            isinstance(m, nn.Dropout) and m.p > 0
+            for name, m in self.module.named_modules()
+            if ".lora_dropout." in name
+        )
+
     @contextmanager
-    def training(self, active: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    def training(self, active: Mapping[str, nn.Parameter], *, dropout: bool = True) -> Iterator[None]:
         """Inside: exactly `active` requires gradients, and their layers are in training mode."""
         chosen = {id(p) for p in active.values()}
         layers = [
             m for m in self.module.modules() if any(id(p) in chosen for p in m.parameters(recurse=False))
         ]
-        drops = [m for n, m in self.module.named_modules() if ".lora_dropout." in n]
+        drops = [m for n, m in self.module.named_modules() if dropout and ".lora_dropout." in n]
         try:
             for p in self.parameters.values():
                 p.requires_grad_(id(p) in chosen)
@@ -147,6 +157,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f"run.device must be auto, cpu or cuda, found {name!r}") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise ModelError(f"run.device must be auto, cpu or cuda, found {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"run.device = {name!r}, but no CUDA device is available here: use cpu or auto")
     return device
@@ -176,6 +188,8 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, **gguf
         )
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelError(f"model.name = {config.name!r} has no tokenizer files beside its weights: add them")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -217,7 +231,7 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
 def _readable_errors(config: ModelSection) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
         hint = ""
         if "safetensors" in text or ".bin" in text:
@@ -233,7 +247,8 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
     path = model_path(model.name)
     options: dict[str, Any] = {
         "trust_remote_code": False,
-        "dtype": getattr(torch, model.dtype.value),
+        "dtype": torch.float32,
+        "output_loading_info": True,
     }
     if model.gguf_file:
         options["gguf_file"] = model.gguf_file
@@ -251,7 +266,20 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
             options["id2label"] = dict(enumerate(task.labels))
             options["label2id"] = {label: i for i, label in enumerate(task.labels)}
     with _readable_errors(model):
-        base: nn.Module = auto.from_pretrained(path, **options)
+        base: nn.Module
+        base, info = auto.from_pretrained(path, **options)
+    invented = [key for key in info["missing_keys"] if not any(part in _HEADS for part in key.split("."))]
+    if invented and model.head is not Head.MEAN:
+        # They would stay frozen at random values and not be exported: the adapter would fit no other copy.
+        raise ModelError(
+            f"{model.name} lacks the weights {sorted(invented)[:3]}, which the task's head needs: use "
+            "model.head = 'mean', or a model that has them"
+        )
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if longest is not None and model.max_length > longest:
+        raise ModelError(
+            f"model.max_length must be at most {longest} for this model, found {model.max_length}"
+        )
     base_config: Any = base.config
     if base_config.pad_token_id is None:
         # Decoders that classify read the last token that is not padding.

@@ -6,6 +6,7 @@ the same one. A site follows its own plan; the server can only name a round of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,13 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
             cannot be met.
     """
     privacy, warmup = config.privacy, config.warmup
+    if smallest_site < 1:
+        raise PrivacyError("the smallest site holds no records: use fewer sites, or leave it out")
+    read = list(privacy.read_from_data)
+    if privacy.nominal_records is None:
+        read.append("privacy.nominal_records")
+    if labels and not config.task.labels:
+        read.append("task.labels")
     nominal = privacy.nominal_records or _two_digits(smallest_site)
     if nominal > smallest_site:
         raise PrivacyError(
@@ -131,7 +139,12 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
             "run": config.run.model_copy(update={"threads": threads}),
             "task": config.task.model_copy(update={"labels": tuple(labels)}),
             "privacy": privacy.model_copy(
-                update={"nominal_records": nominal, "delta": delta, "noise_multiplier": noise}
+                update={
+                    "nominal_records": nominal,
+                    "delta": delta,
+                    "noise_multiplier": noise,
+                    "read_from_data": tuple(read),
+                }
             ),
             "warmup": warmup.model_copy(update={"noise_multiplier": warmup_noise}),
         }
@@ -142,6 +155,10 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
             f"the plan costs ε = {plan.epsilon_rdp:.4f} at delta = {delta:g}, over privacy.target_epsilon = "
             f"{privacy.target_epsilon}: raise noise_multiplier (or leave it out to have it calibrated), or "
             "plan fewer rounds"
+        )
+    if plan.epsilon_pld is not None and not math.isfinite(plan.epsilon_pld):
+        raise PrivacyError(
+            f"no finite ε by privacy loss distributions at delta = {delta:g}: raise privacy.delta"
         )
     return resolved
 

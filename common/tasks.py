@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from common.config import TaskKind
-from common.datasets import Table, label_ids
 from common.errors import ConfigError, DataError
+from common.tables import Table, label_ids
 
 IntArray = NDArray[np.int64]
 
@@ -156,7 +156,8 @@ class CausalLM:
         ids, masked = [], []
         for prompt, text in zip(prompts, texts, strict=True):
             # A long prompt keeps its end, and at least half of the length is left to the answer.
-            head = start + prompt[-(max_length // 2) :] if prompt else start
+            room = max_length // 2 - len(start)
+            head = start + prompt[len(prompt) - min(room, len(prompt)) :]
             ids.append((head + text + end)[:max_length])
             masked.append(max(len(head), 1))
         return _pack(ids, masked)

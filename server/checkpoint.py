@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from safetensors.numpy import save as serialize
 
 from common.adapter import Vector
 from common.errors import CheckpointError
+from common.files import write_atomically
 from server.aggregation import OptimizerState
 
 _NAME = re.compile(r"^round-(\d{6})\.safetensors$")
@@ -34,29 +33,11 @@ class Checkpoint:
     state: OptimizerState
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either what it held or `data`, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name survives a power cut only with its folder
-    finally:
-        os.close(folder)
-
-
 def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     h = hashlib.sha256(b"confide/checkpoint/v1")
     for name in sorted(tensors):
-        h.update(name.encode() + tensors[name].tobytes())
+        t = tensors[name]
+        h.update(f"{name}:{t.dtype.str}:{t.shape};".encode() + t.tobytes())
     for key in sorted(metadata):
         h.update(f"{key}={metadata[key]};".encode())
     return h.hexdigest()
@@ -111,7 +92,10 @@ def _load(path: Path, config_digest: str, layout_digest: str) -> Checkpoint:
     if set(tensors) != {"adapter", "momentum", "second"} or stored != _digest(tensors, metadata):
         raise refuse("its checksum does not match its content")
     if metadata.get("config") != config_digest:
-        raise refuse("it was written under another configuration")
+        raise refuse(
+            "it was written under another configuration, "
+            "or with other data, another base model or another secret"
+        )
     if metadata.get("layout") != layout_digest:
         raise refuse("its adapter has another layout than this model's")
     return Checkpoint(

@@ -88,18 +88,25 @@ def exchange(
     records: dict[int, RecordDict] = {}  # one encoding for all nodes that are sent the same message
     messages = []
     for node, request in requests.items():
-        content = records.setdefault(id(request), wire.encode(request))
+        if id(request) not in records:
+            records[id(request)] = wire.encode(request)
+        content = records[id(request)]
         messages.append(Message(content, node, message_type, ttl=deadline, group_id=group))
-    waiting = dict(zip(grid.push_messages(messages), sites, strict=True))
+    pushed: list[str] = list(grid.push_messages(messages))
+    pushed += [""] * (len(messages) - len(pushed))  # Flower leaves out, or names "", what it could not send
+    waiting = {s: site for s, site in zip(pushed, sites, strict=True) if s}
+    for sent, site in zip(pushed, sites, strict=True):
+        if not sent:
+            yield Failure(site, "not-sent")
     end = clock() + deadline
     while waiting:
         arrived = list(grid.pull_messages(list(waiting)))
         for message in arrived:
-            site = waiting.pop(message.metadata.reply_to_message_id, None)
-            if site is not None:
-                yield _read(site, message)
+            answered = message.metadata.reply_to_message_id
+            if answered in waiting:
+                yield _read(waiting.pop(answered), message)
         if not waiting or arrived:
-            continue
+            continue  # while replies keep coming, the deadline waits: inline, sites answer one by one
         if clock() >= end:
             break
         time.sleep(_POLL_SECONDS)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, load_config
 from common.errors import CheckpointError
-from server.checkpoint import write_atomically
+from common.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,22 @@ class RunFolder:
     def spend(self, site_id: int) -> Path:
         return self.site(site_id) / "spend.jsonl"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside: no other process works on this run.
+
+        Raises:
+            CheckpointError: another one does.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"{self.path} is being worked on by another process: wait for it"
+                ) from None
+            yield
+
     def load_config(self) -> RunConfig:
         """The resolved configuration of this run."""
         if not self.config.is_file():
@@ -129,10 +147,19 @@ class RunFolder:
         data = self.events.read_bytes()
         found: dict[tuple[str, int, int], Event] = {}
         for line in data[: data.rfind(b"\n") + 1].splitlines():
-            fields = json.loads(line)
-            kind = fields.pop("kind")
-            key = (kind, fields["round"], fields.get("site", 0))
-            found[key] = _KINDS[kind](**fields)
+            try:
+                fields = json.loads(line)
+                kind = fields.pop("kind")
+                key = (kind, fields["round"], fields.get("site", 0))
+                event = _KINDS[kind](**fields)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise CheckpointError(
+                    f"{self.events} has a line that is no event: restore the file"
+                ) from None
+            before = found.get(key)
+            if isinstance(event, SiteRound) and isinstance(before, SiteRound) and event.event is None:
+                event = replace(event, event=before.event)  # what was charged once stays charged
+            found[key] = event
         yield from found.values()
 
     def rounds(self) -> list[RoundEvent]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from server.checkpoint import write_atomically
+from common.files import write_atomically
 from server.record import RoundEvent, RunFolder
 from server.report_accounts import Account, Run, read_run
 from server.report_style import (
@@ -46,12 +46,12 @@ from dp_accounting.rdp import RdpAccountant
 charged = {}
 for line in open("events.jsonl"):
     entry = json.loads(line)
-    if entry["kind"] == "site":  # of two entries for one site and round the last counts
+    if entry["kind"] == "site" and entry["event"]:  # a round that was run again is one charge
         charged[entry["site"], entry["round"]] = entry["event"]
 for site in sorted({site for site, _ in charged}):
     accountant = RdpAccountant()  # or PLDAccountant, from dp_accounting.pld
     for (of, _), event in charged.items():
-        if of == site and event is not None:
+        if of == site:
             noise = GaussianDpEvent(event["noise_multiplier"])
             step = PoissonSampledDpEvent(event["sample_rate"], noise)
             accountant.compose(SelfComposedDpEvent(step, event["steps"]))

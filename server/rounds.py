@@ -191,6 +191,8 @@ def _take(answer: cohort.Reply | cohort.Failure, total: PlainSum, number: int, p
     # The node answers for one site; an answer in another's name, or to another question, is not counted.
     if update.site != answer.site or (update.round, update.attempt) != (number, 1):
         return "malformed"
+    if update.weight != 1.0:  # every site counts alike; a site cannot make itself heavier
+        return "malformed"
     if update.layout_digest != part.digest or update.vector.size != part.size:
         return "malformed"
     if not np.isfinite(update.vector).all():

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from common.config import Engine, RunConfig, load_config
+from common.config import Engine, RunConfig, load_config, refuse_study
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,10 +57,16 @@ def simulate(
 
     console = Console(stderr=True, highlight=False)
     if resume is not None:
-        if config is not None or overrides or study_noise_seed is not None or insecure_no_privacy or dry_run:
+        if config is not None or overrides or dry_run:
             raise ConfigError("--resume goes on with a run as it was begun: leave the other options out")
         folder = RunFolder(resume)
         resolved = folder.load_config()
+        asked = (insecure_no_privacy, study_noise_seed)
+        if asked != (resolved.privacy.insecure_disabled, resolved.study.noise_seed):
+            raise ConfigError(
+                f"{folder.config} and the command line disagree about --insecure-no-privacy or "
+                "--study-noise-seed: give them as the run was begun. No file alone turns privacy off"
+            )
     else:
         wanted = _with_study(
             load_config(config or run.DEMO, overrides), study_noise_seed, insecure_no_privacy
@@ -69,6 +76,7 @@ def simulate(
             _print_plan(resolved, run.describe(resolved, split), as_json)
             return
         console.print(_cleaning(split))
+        run.rehearse(resolved, split)
         folder = run.create_folder(runs, resolved)
     rounds = resolved.warmup.rounds + resolved.run.rounds
     if as_json:
@@ -83,7 +91,7 @@ def simulate(
         out.print(f"[bold red]{warning}[/]")
     if outcome.summary["private"]:
         out.print(outcome.summary["privacy_statement"])
-    out.print(f"report: {outcome.folder.report}")
+    out.print(f"report: {escape(str(outcome.folder.report))}")
 
 
 def report(
@@ -103,11 +111,9 @@ def report(
 
 def _with_study(config: RunConfig, noise_seed: int | None, no_privacy: bool) -> RunConfig:
     """Study switches come from the command line alone, so that no file can turn privacy off unseen."""
-    if config.privacy.insecure_disabled or config.study.noise_seed is not None:
-        raise ConfigError(
-            "privacy.insecure_disabled and study.noise_seed cannot be set in a file or by --set: give "
-            "--insecure-no-privacy or --study-noise-seed on the command line"
-        )
+    refuse_study(config)
+    if noise_seed is not None and not 0 <= noise_seed < 2**63:
+        raise ConfigError(f"--study-noise-seed must lie between 0 and 2^63, found {noise_seed}")
     return config.model_copy(
         update={
             "privacy": config.privacy.model_copy(update={"insecure_disabled": no_privacy}),
@@ -144,4 +150,5 @@ def _cleaning(split: Split) -> str:
         f"data: {c.read:,} records read, {c.kept:,} kept ({c.empty} empty, {c.duplicate} duplicate, "
         f"{c.over_long} over-long left out); {len(sizes)} sites of {min(sizes):,} to {max(sizes):,}; "
         f"{len(split.public):,} public records for evaluation"
+        + (f" ({split.overlap} left out that are training records too)" if split.overlap else "")
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,23 +20,15 @@ from client.selftest import self_test
 from client.site import Site
 from client.training import Shard
 from common.config import DataSection, Partition, RunConfig, TaskKind
-from common.datasets import (
-    CleaningReport,
-    Columns,
-    Sample,
-    Table,
-    clean,
-    label_ids,
-    label_names,
-    read_sample,
-    read_table,
-)
-from common.errors import ConfigError, DataError
+from common.datasets import Sample, read_sample, read_table
+from common.errors import ConfigError, DataError, PrivacyError
 from common.evaluation import MetricSums, evaluate
 from common.features import FeatureCache
 from common.models import AdaptedModel, load_model
-from common.noise import derived_key
+from common.noise import KEY_BYTES, derived_key
 from common.plan import Plan, make_plan
+from common.privacy import SampledGaussianEvent
+from common.tables import CleaningReport, Columns, Table, clean, label_ids, label_names
 from common.tasks import Examples, IntArray, make_task
 from server.record import RunFolder
 from server.rounds import Job
@@ -48,6 +42,7 @@ class Split:
 
     table: Table
     cleaning: CleaningReport
+    overlap: int  # records of data.test that are training records too, and were left out of it
     labels: tuple[str, ...]
     sites: tuple[IntArray, ...]
     held: tuple[IntArray, ...]
@@ -62,6 +57,7 @@ def split_data(config: RunConfig) -> Split:
     """
     data = config.data
     columns = _columns(config)
+    overlap = 0
     table, cleaning = clean(_read(data, columns), max_characters=data.max_characters)
     labels = config.task.labels
     if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION and not labels:
@@ -69,7 +65,11 @@ def split_data(config: RunConfig) -> Split:
     if table.label is not None:
         label_ids(table, labels)  # every label known, or an error that names the row
     if data.test is not None:
-        public, _ = clean(read_table(data.test, columns), max_characters=data.max_characters)
+        # Nothing reads the groups of public records, so their file need not name them.
+        public, _ = clean(
+            read_table(data.test, replace(columns, group=None)), max_characters=data.max_characters
+        )
+        public, overlap = _without(public, table)
         if public.label is not None:
             label_ids(public, labels)
         kept: IntArray = np.arange(len(table))
@@ -89,7 +89,24 @@ def split_data(config: RunConfig) -> Split:
         else:
             sites.append(part)
             held.append(part[:0])
-    return Split(table, cleaning, labels, tuple(sites), tuple(held), public)
+    return Split(table, cleaning, overlap, labels, tuple(sites), tuple(held), public)
+
+
+def _without(public: Table, private: Table) -> tuple[Table, int]:
+    """`public` without the records that lie in `private` too: those would be measured exactly, uncharged."""
+
+    def keys(table: Table) -> list[tuple[str, ...]]:
+        parts = [column for column in (table.prompt, table.text, table.label) if column is not None]
+        return list(zip(*parts, strict=True))
+
+    known = set(keys(private))
+    kept = [i for i, key in enumerate(keys(public)) if key not in known]
+    if not kept:
+        raise DataError(
+            f"every record of {public.source} (data.test) is a training record too: public records must "
+            "belong to no site"
+        )
+    return public.take(kept), len(public) - len(kept)
 
 
 def _rng(config: RunConfig, purpose: int) -> np.random.Generator:
@@ -126,13 +143,21 @@ def _divide(config: RunConfig, table: Table, labels: tuple[str, ...]) -> list[In
                 raise ConfigError(
                     "sites.partition = 'dirichlet' divides by label, but there is no label column"
                 )
-            return dirichlet(label_ids(table, labels), sites.count, sites.dirichlet_alpha, rng)
+            return dirichlet(
+                label_ids(table, labels), sites.count, sites.dirichlet_alpha, rng, minimum=_minimum(config)
+            )
         case Partition.GROUPS:
             if table.group is None:
                 raise DataError(
                     "sites.partition = 'groups' needs data.group, the column that names the group"
                 )
             return by_group(table.group, sites.count, rng)
+
+
+def _minimum(config: RunConfig) -> int:
+    """The fewest records with which a site can train: the public size, or one record a batch."""
+    rates = [config.privacy.sample_rate] + [config.warmup.sample_rate] * bool(config.warmup.rounds)
+    return config.privacy.nominal_records or math.ceil(1 / min(rates))
 
 
 class Fleet:
@@ -150,6 +175,7 @@ class Fleet:
         self.examples: Examples = task.encode(split.table, self.model.tokenizer, config.model.max_length)
         self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
         self._features = FeatureCache()
+        self._setting = _setting(config, self.model)
         if self.plan.private:
             for part in {r.part for r in self.plan.rounds}:
                 self_test(self.model, part)
@@ -160,10 +186,29 @@ class Fleet:
         return hashlib.sha256(b"confide/run-id/v1" + self._secret()).hexdigest()[:16]
 
     def _secret(self) -> bytes:
+        """The 32 bytes that key the noise; of a study, a hash of its public number."""
         seed = self.config.study.noise_seed
         if seed is not None:
             return hashlib.sha256(b"confide/study-noise/v1" + seed.to_bytes(8, "little")).digest()
-        return self.folder.secret.read_bytes()
+        try:
+            secret = self.folder.secret.read_bytes()
+        except OSError:
+            secret = b""
+        if len(secret) != KEY_BYTES:
+            raise PrivacyError(
+                f"{self.folder.secret} must hold the {KEY_BYTES} bytes that key the noise, found "
+                f"{len(secret)}: without them the run cannot go on. Restore the file, or begin a new run"
+            )
+        return secret
+
+    def _digest(self) -> str:
+        """SHA-256, hex, of all that a resumed run must find as it was: setting, data, division, secret."""
+        h = hashlib.sha256(b"confide/run/v1" + self._setting + self.run_id.encode())
+        for indices in (*self.split.sites, *self.split.held):
+            h.update(len(indices).to_bytes(8, "little") + indices.tobytes())
+        for examples in (self.examples, self.public):
+            h.update(examples.tokens.tobytes() + examples.starts.tobytes() + examples.target.tobytes())
+        return h.hexdigest()
 
     def site(self, site_id: int) -> Site:
         secret = self._secret()
@@ -174,11 +219,30 @@ class Fleet:
             model=self.model,
             plan=self.plan,
             plan_digest=self.plan_digest,
+            setting=self._setting,
             budget=self.budget(site_id),
             noise_key=lambda context: derived_key(secret, site_id.to_bytes(4, "little"), context),
             repeatable_noise=True,
             features=self._features,
         )
+
+    def check_spend(self) -> None:
+        """Each site's own record of its spend must hold what the run's events say that it was charged.
+
+        Raises:
+            PrivacyError: a spend file was lost or cut short: its site would start again with a full budget.
+        """
+        charged: dict[int, Counter[SampledGaussianEvent]] = {}
+        for part in self.folder.site_rounds():
+            if part.status == "ok" and part.event is not None:
+                event = SampledGaussianEvent.from_json(part.event)
+                charged.setdefault(part.site, Counter())[event] += 1
+        for site, events in charged.items():
+            if not events <= Counter(self.budget(site).events):
+                raise PrivacyError(
+                    f"{self.folder.spend(site)} holds less than the run's events say that site {site} was "
+                    "charged: it was lost or cut short, so what the site has spent is unknown. Restore it"
+                )
 
     def budget(self, site_id: int) -> Budget:
         return Budget(
@@ -192,7 +256,7 @@ class Fleet:
             run_id=self.run_id,
             folder=self.folder,
             config=self.config,
-            config_digest=self.config.digest().hex(),
+            config_digest=self._digest(),
             plan=self.plan,
             plan_digest=self.plan_digest,
             model=self.model,
@@ -207,6 +271,14 @@ class Fleet:
             for i, held in enumerate(self.split.held, start=1)
             if len(held)
         }
+
+
+def _setting(config: RunConfig, model: AdaptedModel) -> bytes:
+    """SHA-256 of the configuration and of every weight of the base model."""
+    h = hashlib.sha256(b"confide/setting/v1" + config.digest())
+    for name, p in sorted(model.module.state_dict().items()):
+        h.update(f"{name}:{tuple(p.shape)};".encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return h.digest()
 
 
 def plan_digest(plan: Plan) -> str:

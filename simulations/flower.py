@@ -15,10 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 
 import client.app
 from client.site import Site
-from common.config import Engine, load_config
+from common.config import Engine, load_config, refuse_study
 from server.rounds import run
 from simulations.fleet import SimulatedSites, open_fleet
-from simulations.run import DEMO, fill_folder, finish, prepare
+from simulations.run import DEMO, fill_folder, finish, prepare, rehearse
 from simulations.screen import Silent
 
 
@@ -41,7 +41,10 @@ def main(grid: Grid, context: Context) -> None:
     began = time.monotonic()
     path = _folder(context)
     chosen = str(context.run_config.get("config", ""))
-    resolved, _ = prepare(load_config(Path(chosen).expanduser() if chosen else DEMO))
+    config = load_config(Path(chosen).expanduser() if chosen else DEMO)
+    refuse_study(config)
+    resolved, split = prepare(config)
+    rehearse(resolved, split)
     path.mkdir(parents=True)
     fill_folder(path, resolved)
     fleet = open_fleet(path)

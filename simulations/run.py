@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import server.app
+from client.selftest import self_test
 from common import wire
 from common.adapter import Layout
 from common.config import Engine, RunConfig
 from common.errors import CheckpointError, ConfigError, PrivacyError, RoundError
 from common.evaluation import MetricSums
 from common.export import PrivacyClaim, export_adapter
-from common.models import load_model
+from common.files import write_atomically
+from common.models import load_model, pick_device
 from common.noise import fresh_key
 from common.plan import make_plan, resolve
 from common.tasks import make_task
-from server.checkpoint import Checkpoint, write_atomically
+from server.checkpoint import Checkpoint
 from server.record import RoundEvent, RunFolder
 from server.report import write_report
 from server.rounds import Watcher, start
@@ -37,7 +40,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Split]:
     split = split_data(config)
     smallest = min(len(site) for site in split.sites)
     threads = config.run.threads or os.cpu_count() or 1
-    resolved = resolve(config, smallest_site=smallest, labels=split.labels, threads=threads)
+    device = str(pick_device(config.run.device))
+    placed = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+    resolved = resolve(placed, smallest_site=smallest, labels=split.labels, threads=threads)
     largest_batch = max(r.batch_size for r in make_plan(resolved).rounds)
     if largest_batch > smallest:
         raise PrivacyError(
@@ -47,9 +52,29 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Split]:
     return resolved, split
 
 
+def rehearse(config: RunConfig, split: Split) -> None:
+    """Load the model and test it before anything is written.
+
+    Raises:
+        ModelError, PrivacyError: what would stop the run stops it now, and leaves no folder behind.
+    """
+    torch.set_num_threads(config.run.threads)
+    task = make_task(config.task.kind, split.labels)
+    model = load_model(config, task)
+    task.encode(split.public.take([0]), model.tokenizer, config.model.max_length)
+    plan = make_plan(config)
+    for part in {r.part for r in plan.rounds} if plan.private else ():
+        self_test(model, part)
+
+
 def create_folder(runs: Path, config: RunConfig) -> RunFolder:
     """`runs/<name>-<k>` with the first free k, and `runs/<name>` pointing to it; nothing is overwritten."""
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"runs cannot be kept in {runs}: {error.strerror}. Choose another --runs folder"
+        ) from None
     name = config.run.name
     link = runs / name
     if link.exists() and not link.is_symlink():
@@ -91,7 +116,13 @@ class Outcome:
 def simulate(folder: RunFolder, engine: Engine, watcher: Watcher) -> Outcome:
     """Run, or go on with, the run in `folder`; leave adapter, summary and report there."""
     began = time.monotonic()
+    with folder.locked():
+        return _simulate(folder, engine, watcher, began)
+
+
+def _simulate(folder: RunFolder, engine: Engine, watcher: Watcher, began: float) -> Outcome:
     fleet = open_fleet(folder.path.resolve())
+    fleet.check_spend()
     job = fleet.job()
     app = server.app.make_app(lambda _: job, watcher)
     try:
@@ -115,6 +146,7 @@ def simulate(folder: RunFolder, engine: Engine, watcher: Watcher) -> Outcome:
 def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outcome:
     """Export the adapter, write the summary and the report."""
     folder, config = fleet.folder, fleet.config
+    fleet.check_spend()
     claim = _claim(fleet)
     export_adapter(fleet.model, end.adapter, config, claim, folder.adapter)
     held_out = fleet.held_out(end.adapter)
@@ -139,6 +171,7 @@ def _claim(fleet: Fleet) -> PrivacyClaim:
         epsilon_pld=max(b.epsilon_pld for b in budgets) if budgets else None,
         delta=fleet.plan.delta,
         secure_aggregation=False,
+        read_from_data=fleet.config.privacy.read_from_data,
         repeatable_noise=fleet.config.study.noise_seed is not None,
     )
 
@@ -169,6 +202,7 @@ def _summary(
         "records_by_group": {site: sums.count for site, sums in held_out.items()},
         "worst_site": worst,
         "accuracy_worst_site": None if worst is None else by_site[worst],
+        "epsilon_by_site": epsilon_by_site(fleet),
         "epsilon_rdp_max": claim.epsilon_rdp,
         "epsilon_pld_max": claim.epsilon_pld,
         "target_epsilon": fleet.plan.target_epsilon,
@@ -184,6 +218,13 @@ def _summary(
         "bytes_up_per_site_round": max(answered, default=0),
         "refusals": sum(s.status != "ok" for s in sites),
     }
+
+
+def epsilon_by_site(fleet: Fleet) -> dict[str, float]:
+    """What each site has spent, by its own record; empty where privacy is off."""
+    if not fleet.plan.private:
+        return {}
+    return {str(i): fleet.budget(i).epsilon_rdp for i in range(1, fleet.config.sites.count + 1)}
 
 
 def majority_share(fleet: Fleet) -> float | None:

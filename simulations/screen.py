@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -126,9 +127,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
         f"{summary['target_epsilon']:g}), {epsilon_text(summary['epsilon_pld_max'])} (loss distributions), "
         f"δ = {summary['delta']:g}",
     )
+    by_site = summary["epsilon_by_site"]
+    if len(set(by_site.values())) > 1:
+        listed = ", ".join(f"{site}: {epsilon_text(e)}" for site, e in list(by_site.items())[:20])
+        table.add_row("ε by site", listed)
+    elif by_site:
+        table.add_row("ε by site", f"{epsilon_text(summary['epsilon_rdp_max'])} each of {len(by_site)}")
     table.add_row("bytes up per site and round", f"{summary['bytes_up_per_site_round']:,}")
     table.add_row("seconds", f"{summary['wall_seconds']:.0f}")
-    table.add_row("adapter", summary["adapter_dir"])
+    table.add_row("adapter", escape(summary["adapter_dir"]))
     return table
 
 

@@ -44,8 +44,9 @@ from transformers import (
 
 from common.adapter import Vector
 from common.config import RunConfig, TaskKind, parse_config
-from common.datasets import Columns, read_table
+from common.datasets import read_table
 from common.models import AdaptedModel, load_model
+from common.tables import Columns
 from common.tasks import Examples, make_task
 
 torch.set_num_threads(1)

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("common", "client", "server", "simulations")
 PRODUCT = sorted([ROOT / "confide.py", *(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))])
 LONGEST = 450
-TOO_LONG = {"common/datasets.py"}
 
 
 def named(path: Path) -> str:
@@ -38,11 +37,6 @@ def test_no_assert_guards_anything(path: Path) -> None:
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
 
 
-def sized(path: Path) -> object:
-    known = pytest.mark.xfail(strict=True, reason="to be divided")
-    return pytest.param(path, id=named(path), marks=[known] if named(path) in TOO_LONG else [])
-
-
-@pytest.mark.parametrize("path", [sized(path) for path in PRODUCT])
+@pytest.mark.parametrize("path", PRODUCT, ids=named)
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text("utf-8").splitlines()) < LONGEST

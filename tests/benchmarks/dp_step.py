@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from client.training import Shard, train
 from common.adapter import read_vector, write_vector
 from common.config import LocalOptimizer, parse_config
-from common.datasets import Sample, clean, label_names, read_sample
+from common.datasets import Sample, read_sample
 from common.features import FeatureCache
 from common.models import Part, load_model
 from common.noise import NoiseStream
 from common.plan import RoundPlan
 from common.privacy import SampledGaussianEvent
+from common.tables import clean, label_names
 from common.tasks import collate, make_task
 from tests.benchmarks.harness import Row, row, show
 

@@ -71,6 +71,7 @@ def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
             model=this.model,
             plan=plan,
             plan_digest=plan_digest(plan),
+            setting=b"a configuration and a base model",
             budget=Budget(tmp_path / "spend.jsonl", target_epsilon=plan.target_epsilon, delta=plan.delta),
             noise_key=lambda context: derived_key(bytes(32), context),
             repeatable_noise=True,
@@ -154,7 +155,6 @@ def test_a_shard_smaller_than_a_batch_is_refused_and_not_charged(subject: Client
     assert asked.charges == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the vector is checked by train, after the charge")
 @pytest.mark.parametrize("fault", ["too long", "not finite"])
 def test_a_vector_that_cannot_be_trained_from_is_not_charged(subject: Client, fault: str) -> None:
     good = moved(subject.site.model)
@@ -250,7 +250,6 @@ def test_a_site_that_cannot_be_opened_says_only_that(subject: Client) -> None:
     assert wire.decode(content) == wire.Refusal(0, StatusCode.REFUSED_PRIVACY)
 
 
-@pytest.mark.xfail(strict=True, reason="a log that cannot be written raises out of the handler")
 def test_a_log_that_cannot_be_written_leaks_nothing(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(SECRET)
@@ -260,7 +259,6 @@ def test_a_log_that_cannot_be_written_leaks_nothing(subject: Client, monkeypatch
     assert answer == wire.Refusal(3, StatusCode.REFUSED_CONFIG)
 
 
-@pytest.mark.xfail(strict=True, reason="the context of a charge does not pin the site's records")
 def test_other_records_are_another_charge(subject: Client) -> None:
     """One key over two versions of the data would give their difference without noise."""
     first = subject.ask(subject.request())

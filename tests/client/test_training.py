@@ -429,12 +429,10 @@ def with_dropout(folder: Path, data: Path, world: Worlds) -> World:
     return dataclasses.replace(world("bert-mean"), config=config, model=tiny_model(config))
 
 
-@pytest.mark.xfail(strict=True, reason="the self-test compares gradients under two draws of dropout")
 def test_the_self_test_passes_with_dropout(bert_folder: Path, data_file: Path, world: Worlds) -> None:
     self_test(with_dropout(bert_folder, data_file, world).model, Part.ALL)
 
 
-@pytest.mark.xfail(strict=True, reason="dropout draws from torch's global state, not from the noise key")
 def test_one_key_gives_one_update_with_dropout(bert_folder: Path, data_file: Path, world: Worlds) -> None:
     """A charge that is repeated must release the same numbers: under the same noise, another mask shows the
     difference of two sums of gradients without any noise."""

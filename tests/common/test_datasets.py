@@ -20,18 +20,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common.datasets import (
-    CleaningReport,
-    Columns,
-    Sample,
-    Table,
-    clean,
-    label_ids,
-    label_names,
-    read_sample,
-    read_table,
-)
+from common.datasets import Sample, read_sample, read_table
 from common.errors import DataError
+from common.tables import CleaningReport, Columns, Table, clean, label_ids, label_names
 
 ALL = Columns(text="text", label="label", prompt="prompt", group="group")
 PAIR = Columns(text="text", label="label")

@@ -39,6 +39,11 @@ FAULTS: list[Fault] = [
     ("missing model", ['model.name="no/such/model"'], ModelError, "no/such/model"),
     ("unknown key", ["privacy.epsilon=3"], ConfigError, "target_epsilon"),
     ("unknown device", ['run.device="tpu9"'], ModelError, "run.device"),
+    ("more tokens than positions", ["model.max_length=600"], ModelError, "model.max_length"),
+    ("a language model of an encoder", ['task.kind="causal-lm"'], ConfigError, "model.head"),
+    ("a device that hides", ['run.device="meta"'], ModelError, "run.device"),
+    ("a flag that is text", ['adapter.train_head="yes"'], ConfigError, "adapter.train_head"),
+    ("a seed without bounds", ["run.seed=1180591620717411303424"], ConfigError, "run.seed"),
     ("min_sites above count", ["server.min_sites=9"], ConfigError, "server.min_sites"),
     ("warm-up without its head", ['model.head="default"'], ConfigError, "warmup.rounds"),
 ]
@@ -61,7 +66,7 @@ def test_fault(
     assert says in message
     assert len(message) < 1500
     assert message.count("\n") < 12
-    assert not runs.exists() or not list(runs.glob("*/summary.json"))
+    assert not runs.exists()
 
 
 def test_the_command_line_prints_no_traceback(config: Path, tmp_path: Path) -> None:
@@ -129,3 +134,55 @@ def test_a_changed_configuration_is_noticed(config: Path, tmp_path: Path) -> Non
     resolved.write_text(resolved.read_text().replace("max_grad_norm = 0.5", "max_grad_norm = 5.0"))
     with pytest.raises(CheckpointError, match="another configuration"):
         invoke("simulate", "--resume", runs / "tiny", "--json")
+
+
+def test_data_that_changed_under_a_run(config: Path, tmp_path: Path, data_file: Path) -> None:
+    """One edited record would be trained on under the noise of the old one."""
+    own = tmp_path / "own.csv"
+    shutil.copy(data_file, own)
+    runs = tmp_path / "runs"
+    invoke("simulate", config, "--runs", runs, "--json", "--set", f'data.train="{own}"')
+    own.write_text(own.read_text().replace("w1 ", "w2 ", 1))
+    with pytest.raises(CheckpointError, match="other data"):
+        invoke("simulate", "--resume", runs / "tiny", "--json")
+
+
+def test_a_spend_file_that_was_lost(config: Path, tmp_path: Path) -> None:
+    """Without it the site would begin again with a full budget, and the claim would be zero."""
+    runs = tmp_path / "runs"
+    invoke("simulate", config, "--runs", runs, "--json")
+    (runs / "tiny" / "sites" / "0002" / "spend.jsonl").unlink()
+    with pytest.raises(PrivacyError, match="site 2"):
+        invoke("simulate", "--resume", runs / "tiny", "--json")
+
+
+@pytest.mark.parametrize("content", [b"", b"short"])
+def test_a_secret_that_is_no_key(config: Path, tmp_path: Path, content: bytes) -> None:
+    runs = tmp_path / "runs"
+    invoke("simulate", config, "--runs", runs, "--json")
+    (runs / "tiny" / "secret.key").write_bytes(content)
+    with pytest.raises(PrivacyError, match="key the noise"):
+        invoke("simulate", "--resume", runs / "tiny", "--json")
+
+
+def test_a_resumed_configuration_does_not_turn_privacy_off(config: Path, tmp_path: Path) -> None:
+    from common.config import load_config
+    from simulations.run import create_folder, prepare
+
+    resolved, _ = prepare(load_config(config))
+    folder = create_folder(tmp_path / "runs", resolved)
+    text = folder.config.read_text().replace("insecure_disabled = false", "insecure_disabled = true")
+    folder.config.write_text(text)
+    with pytest.raises(ConfigError, match="insecure-no-privacy"):
+        invoke("simulate", "--resume", folder.path, "--json")
+
+
+def test_public_records_that_are_training_records(config: Path, tmp_path: Path, data_file: Path) -> None:
+    with pytest.raises(DataError, match="public records"):
+        invoke("simulate", config, "--runs", tmp_path / "runs", "--set", f'data.test="{data_file}"')
+
+
+def test_a_folder_for_runs_that_is_a_file(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(ConfigError, match="--runs"):
+        invoke("simulate", config, "--runs", tmp_path / "runs", "--json")

@@ -164,7 +164,6 @@ def test_an_answer_to_another_question_or_a_second_one_is_not_counted() -> None:
     assert isinstance(ask(grid)[1], Reply)
 
 
-@pytest.mark.xfail(strict=True, reason="Flower returns '' for what it could not send; two of them collide")
 def test_messages_that_could_not_be_sent_are_failures() -> None:
     class Lossy(FakeGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -182,7 +181,6 @@ def test_requests_carry_deadline_and_group() -> None:
     assert message.metadata.message_type == "query.hello"
 
 
-@pytest.mark.xfail(strict=True, reason="setdefault encodes before it looks whether it has to")
 def test_one_encoding_serves_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     encode = wire.encode
