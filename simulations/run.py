@@ -17,7 +17,7 @@ from client.selftest import self_test
 from common import wire
 from common.adapter import Layout
 from common.config import Engine, RunConfig
-from common.errors import CheckpointError, ConfigError, PrivacyError, RoundError
+from common.errors import CheckpointError, ConfigError, RoundError
 from common.evaluation import MetricSums
 from common.export import PrivacyClaim, export_adapter
 from common.files import write_atomically
@@ -43,12 +43,6 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Split]:
     device = str(pick_device(config.run.device))
     placed = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
     resolved = resolve(placed, smallest_site=smallest, labels=split.labels, threads=threads)
-    largest_batch = max(r.batch_size for r in make_plan(resolved).rounds)
-    if largest_batch > smallest:
-        raise PrivacyError(
-            f"a batch of {largest_batch} is larger than the smallest site ({smallest} records): lower "
-            "privacy.sample_rate or warmup.sample_rate, or use fewer sites"
-        )
     return resolved, split
 
 
