@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from client import cli as client_cli
 from common.errors import ConfideError
+from server import cli as server_cli
 from simulations import cli, doctor
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.command()(cli.simulate)
 app.command()(cli.report)
 app.command()(doctor.doctor)
+app.add_typer(client_cli.app, name="client")
+app.add_typer(server_cli.app, name="server")
 
 
 @app.callback()

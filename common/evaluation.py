@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,20 +31,19 @@ class MetricSums:
 
 
 @torch.no_grad()
-def evaluate(
+def record_scores(
     model: AdaptedModel,
     vector: Vector,
     examples: Examples,
     indices: IntArray,
     features: FeatureCache | None = None,
     micro_batch: int = 64,
-) -> MetricSums:
-    """Sums over `indices` with the adapter `vector`, `(model.layout.size,)`, in evaluation mode.
+) -> Iterator[tuple[IntArray, torch.Tensor, torch.Tensor]]:
+    """(records, their losses, how right each is), micro-batch by micro-batch, in evaluation mode.
 
     `features` saves the encoder's work while rounds train the head only.
     """
     write_vector(model.parameters, model.layout, vector)
-    loss = correct = 0.0
     for part in by_length(examples, indices, micro_batch):
         if features is not None and model.head is not None:
             cached = features.of(model, examples, part)[part]
@@ -52,6 +52,24 @@ def evaluate(
         else:
             batch = collate(examples, part, model.pad_id, model.device)
             logits = model.logits(batch.inputs)
-        loss += float(model.task.record_losses(logits, batch).double().sum())
-        correct += float(model.task.correct(logits, batch).double().sum())
+        yield (
+            part,
+            model.task.record_losses(logits, batch).double(),
+            model.task.correct(logits, batch).double(),
+        )
+
+
+def evaluate(
+    model: AdaptedModel,
+    vector: Vector,
+    examples: Examples,
+    indices: IntArray,
+    features: FeatureCache | None = None,
+    micro_batch: int = 64,
+) -> MetricSums:
+    """Sums over `indices` with the adapter `vector`, `(model.layout.size,)`; see `record_scores`."""
+    loss = correct = 0.0
+    for _, losses, right in record_scores(model, vector, examples, indices, features, micro_batch):
+        loss += float(losses.sum())
+        correct += float(right.sum())
     return MetricSums(loss, correct, len(indices))
