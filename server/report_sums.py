@@ -53,13 +53,10 @@ def sums(run: Run) -> str:
         ("Words", f"{section.ring_bits.value} bits each"),
         ("Sessions", _sessions(run)),
     ]
-    heads = [
-        ("", "text"),
-        ("the server", "text"),
-        ("another site", "text"),
-        (f"{many(c_max, 'colluding site')} and the server" if c_max else "the server and no site", "text"),
-    ]
-    rows = [("", [cell.format(least=least) for cell in row]) for row in _WHO]
+    heads = [("", "text"), ("the server", "text"), ("another site", "text")]
+    if c_max:
+        heads.append((f"{many(c_max, 'colluding site')} and the server", "text"))
+    rows = [("", [cell.format(least=least) for cell in row[: len(heads)]]) for row in _WHO]
     stops = [
         "What the sum itself says, and what two sums differ by: that is what differential privacy is for.",
         "Poisoning: nobody sees single updates, so a site can send a harmful one, up to the encoding's clip.",
@@ -77,8 +74,8 @@ def _sessions(run: Run) -> str:
         return "none"
     ended = Counter("with a sum" if s.outcome == "sum" else "without" for s in run.sessions)
     said = f"{len(run.sessions):,}: {tally(ended)}"
-    reasons = Counter(s.outcome for s in run.sessions if s.outcome != "sum")
-    return said + "".join(f"<br>{count} × {safe(reason)}" for reason, count in reasons.most_common(5))
+    reasons = Counter(s.outcome.split(":")[0] for s in run.sessions if s.outcome != "sum")
+    return said + (f"; fell short in {tally(reasons)}" if reasons else "")
 
 
 def _faults(run: Run) -> str:
@@ -115,7 +112,7 @@ def _metrics(run: Run) -> str:
             ("", [str(number), f"{m['records']:,.0f}", fixed(m["accuracy"]), fixed(m["loss"]), labels])
         )
     return (
-        "<h2>On the sites' own records</h2>\n<p class=\"small\">Sums over the sites of a round, with each "
-        "site's noise in them, and charged to each site like training. The adapter is the one that the round began "
-        f"with; losses are clipped to {run.config.metrics.loss_clip:g} a record.</p>\n{table(heads, rows)}"
+        '<h2>On the sites\' own records</h2>\n<p class="small">Sums over the sites of a round, with each '
+        "site's noise in them, and charged to each site like training. The adapter is the one that the round "
+        f"began with; losses are clipped to {run.config.metrics.loss_clip:g} a record.</p>\n{table(heads, rows)}"
     )
