@@ -17,7 +17,7 @@ from rich.markup import escape
 from client import cli as client_cli
 from common.errors import ConfideError
 from server import cli as server_cli
-from simulations import cli, doctor
+from simulations import audit_cli, cli, doctor, plan_cli
 
 app = typer.Typer(
     name="confide",
@@ -29,9 +29,11 @@ app = typer.Typer(
 
 app.command()(cli.simulate)
 app.command()(cli.report)
+app.command()(plan_cli.plan)
 app.command()(doctor.doctor)
 app.add_typer(client_cli.app, name="client")
 app.add_typer(server_cli.app, name="server")
+app.add_typer(audit_cli.app, name="audit")
 
 
 @app.callback()

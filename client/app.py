@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client import exchanges
 from client.metrics import measure
+from client.policy_check import Asked, check
 from client.site import Site
 from client.training import check_shard, train
 from common import wire
@@ -93,7 +94,7 @@ def _hello(site: Site, request: wire.Message) -> wire.Message:
 
 
 def _train(site: Site, request: wire.Message) -> wire.Message:
-    """Check, charge, train, keep, say "ready": in this order."""
+    """Check, ask the site's policy, charge, train, keep, say "ready": in this order."""
     if not isinstance(request, wire.TrainRequest):
         raise ProtocolError(f"expected a train request, found {type(request).__name__}")
     # 1. The server may name a round of the plan that this site holds, and nothing else. Refusals come before
@@ -106,6 +107,7 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
         raise ProtocolError("the server's adapter has another layout than this site's model")
     plan = site.plan.round(request.round)
     check_vector(site.model.layout, request.vector)
+    _check_policy(site, request.round)
     check_shard(site.shard, plan)
     session = context_of(site.run_id, request.vector, site.plan_digest, request.layout_digest, request.round)
     # 2. An update that waits for this very question and was never uploaded is the answer to it: nothing is
@@ -157,6 +159,21 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     exchanges.keep(site, request.round, session, encoded)
     _complete(site, reservation, encoded.tobytes())
     return wire.Ready(site.site_id, request.round)
+
+
+def _check_policy(site: Site, round_number: int) -> None:
+    """Raises PolicyRefusal unless the site's own rules allow the round."""
+    scope = None if site.ledger is None else site.ledger.balance(site.scope).scope
+    asked = Asked(
+        config=site.config,
+        plan=site.plan,
+        round=round_number,
+        source=site.scope,
+        scope=scope,
+        model=site.model_digest,
+        bundle=site.bundle,
+    )
+    check(site.policy, asked)
 
 
 def _complete(site: Site, reservation: Reservation | None, output: bytes) -> None:

@@ -1,8 +1,10 @@
-"""`confide client`: make a site's identity, pin the federation's roster, and look at both."""
+"""`confide client`: make a site's identity, pin the federation's roster, and look at both.
+
+What a site allows is in client/policy_cli.py, what it has spent in client/ledger_cli.py.
+"""
 
 from __future__ import annotations
 
-import json
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,20 +14,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.errors import ConfigError
+from client import ledger_cli, look_cli, policy_cli
+from client.cli_options import AsJson, Folder, print_json, read_passphrase, say
 
 if TYPE_CHECKING:
     from client.identity import SiteFolder
 
 app = typer.Typer(
-    help="Set up one site: its identity, and the federation that it takes part in.",
+    help="Set up one site: its identity, the federation that it takes part in, what it allows and has spent.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+app.command()(policy_cli.policy)
+app.command()(ledger_cli.scope)
+app.command()(ledger_cli.budget)
+app.command()(ledger_cli.export)
+app.command()(look_cli.serve)
 
 
 @app.command()
@@ -52,16 +58,20 @@ def init(
     import os
 
     from client.identity import SiteFolder, create_site
+    from client.policy import STRICT
+    from common.files import write_atomically
 
     place = SiteFolder(folder)
-    passphrase = _passphrase(passphrase_file, ask_passphrase)
+    passphrase = read_passphrase(passphrase_file, ask_passphrase, new=True)
     card = create_site(place, name if name is not None else folder.resolve().name, os.urandom, passphrase)
+    if not place.policy.exists():
+        write_atomically(place.policy, STRICT.to_toml().encode())
     finger = _finger(card.public)
     if as_json:
         fields = {"name": card.name, "public": card.public.hex(), "fingerprint": finger}
-        _print_json({**fields, "encrypted": passphrase is not None, "files": _modes(place)})
+        print_json({**fields, "encrypted": passphrase is not None, "files": _modes(place)})
         return
-    _say(
+    say(
         f"site: {card.name}",
         f"fingerprint: {finger}",
         f"secret: {place.identity} ({'under a passphrase' if passphrase else 'no passphrase'}), "
@@ -69,6 +79,7 @@ def init(
         f"next: send {place.card} to the federation's people and read them the fingerprint over a channel of",
         "      its own. They send back roster.json and read you theirs; then run",
         f"      confide client pin {folder} roster.json --authority THEIR-FINGERPRINT",
+        f"policy: {place.policy} allows nothing yet: confide client policy {folder} --explain",
     )
 
 
@@ -97,9 +108,9 @@ def pin(
 
     pinned = identity.pin(identity.SiteFolder(folder), roster, authority)
     if as_json:
-        _print_json(_describe(identity.SiteFolder(folder)))
+        print_json(_describe(identity.SiteFolder(folder)))
         return
-    _say(
+    say(
         f"pinned: {pinned.roster.federation}, roster version {pinned.roster.version}, "
         f"{_count(len(pinned.roster.members))}",
         f"authority: {_finger(pinned.roster.authority)}",
@@ -118,7 +129,7 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
 
     fields = _describe(SiteFolder(folder))
     if as_json:
-        _print_json(fields)
+        print_json(fields)
         return
     table = Table(show_header=False)
     table.add_column("what")
@@ -180,21 +191,6 @@ def _modes(place: SiteFolder) -> dict[str, str | None]:
     }
 
 
-def _passphrase(file: Path | None, ask: bool) -> bytes | None:
-    """From a file's first line or from the keyboard. It is in no message and no argument list."""
-    if file is not None and ask:
-        raise ConfigError("--passphrase-file and --ask-passphrase exclude each other: give one")
-    if ask:
-        asked: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)
-        return asked.encode()
-    if file is None:
-        return None
-    if not file.exists():
-        raise ConfigError(f"{file} is not there: --passphrase-file must be a file with the passphrase")
-    with file.open("rb") as opened:
-        return opened.readline(4096).rstrip(b"\r\n")
-
-
 def _count(members: int) -> str:
     return f"{members:,} member{'s' if members != 1 else ''}"
 
@@ -203,13 +199,3 @@ def _finger(public: bytes) -> str:
     from common.identity import fingerprint
 
     return fingerprint(public)
-
-
-def _say(*lines: str) -> None:
-    """Plain lines: nothing in them is markup, and none is wrapped, so that they can be copied."""
-    for line in lines:
-        print(line)
-
-
-def _print_json(fields: dict[str, Any]) -> None:
-    print(json.dumps(fields, indent=2))

@@ -6,6 +6,8 @@
     authority.pub  the pinned key of the federation's authority
     roster.json    the pinned roster
     waiting.update an encoded update between training and its upload, sealed (client/store.py)
+    policy.toml    what the site allows, in its own words (client/policy.py)
+    ledger.sqlite  what has been spent of its records' privacy (client/ledger.py)
 
 None of it ever comes from the server: people carry `site.pub` and `roster.json`, and compare fingerprints.
 """
@@ -98,6 +100,27 @@ class SiteFolder:
     @property
     def waiting(self) -> Path:
         return self.path / "waiting.update"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy.toml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def witness(self) -> Path:
+        """Of the ledger. Beside the folder, so that a restored backup of that is noticed.
+
+        `north` has `north.witness/ledger`; a simulated site, as `sites/0001`, has `witnesses/0001.ledger`
+        in the folder of its run.
+        """
+        here = self.path.resolve()
+        of_run = here.parent.parent / "witnesses"
+        if here.parent.name == "sites" and of_run.is_dir():
+            return of_run / f"{here.name}.ledger"
+        return here.with_name(f"{here.name}.witness") / "ledger"
 
 
 # Secret keys

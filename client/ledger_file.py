@@ -132,13 +132,24 @@ def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
 
 
 def check_file(connection: sqlite3.Connection) -> None:
-    """Whether SQLite finds its own structures whole, and only ours in them, and may write to them.
+    """What `check_content` says, and whether SQLite may write to the file.
+
+    Raises:
+        LedgerFormatError: see there.
+        sqlite3.Error: it may not write.
+    """
+    check_content(connection)
+    # SQLite opens read-only what it cannot open otherwise, and says so at the first write. No row is met.
+    connection.execute("DELETE FROM entries WHERE 0")
+
+
+def check_content(connection: sqlite3.Connection) -> None:
+    """Whether SQLite finds its own structures whole, and only ours in them.
 
     A cell that is missing at the end of a page would read as a shorter ledger; only this finds it.
 
     Raises:
         LedgerFormatError: it does not.
-        sqlite3.Error: it may not write.
     """
     found = connection.execute("SELECT name, sql FROM sqlite_master").fetchall()
     if sorted(found, key=repr) != sorted(((n.encode(), s.encode()) for n, s in _SCHEMA.items()), key=repr):
@@ -146,8 +157,6 @@ def check_file(connection: sqlite3.Connection) -> None:
     report = connection.execute("PRAGMA quick_check").fetchall()
     if report != [(b"ok",)]:
         raise LedgerFormatError(f"a damaged file: {report!r:.300}")
-    # SQLite opens read-only what it cannot open otherwise, and says so at the first write. No row is met.
-    connection.execute("DELETE FROM entries WHERE 0")
 
 
 def insert(connection: sqlite3.Connection, entry: Entry) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from client.identity import SiteFolder
 from client.ledger import Ledger
+from client.policy import SitePolicy
 from client.store import FileStore
 from client.training import Shard
 from common.config import RunConfig
@@ -52,12 +53,15 @@ class Site:
     plan: Plan
     plan_digest: str
     setting: bytes  # hash of the configuration and of the base model's weights
+    policy: SitePolicy  # what the site allows; recorded in its ledger
+    model_digest: str  # which model it is, for the policy: see client/policy_check.py
     ledger: Ledger | None
     scope: str  # the ledger's name of the data source that `shard` is
     noise_key: Callable[[bytes], bytes]
     repeatable_noise: bool
     features: FeatureCache
     pinned: Pinned | None
+    bundle: str | None = None  # hash of the code that runs, where a site runs code by its hash
 
     def __post_init__(self) -> None:
         if (self.pinned is None) != self.config.study.plain_updates:

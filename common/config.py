@@ -349,7 +349,7 @@ def parse_config(data: dict[str, Any], *, source: str, base: Path | None = None)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(explain(error, source, keys_of(RunConfig))) from None
     if base is None:
         return config
     paths = {
@@ -378,22 +378,25 @@ def _apply(data: dict[str, Any], override: str) -> None:
     section[parts[1]] = value
 
 
-def _keys() -> list[str]:
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The sections of `model`, and `section.key` of each."""
     found = []
-    for name, field in RunConfig.model_fields.items():
+    for name, field in model.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             found += [name, *(f"{name}.{key}" for key in section.model_fields)]
     return found
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, keys: Sequence[str]) -> str:
+    """What is wrong in `source`, a line for each key; `keys` are the right ones."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "configuration"
         match item["type"]:
             case "extra_forbidden":
-                near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.3)
+                longer = [right for right in keys if right.startswith(key)]
+                near = longer or difflib.get_close_matches(key, keys, n=1, cutoff=0.3)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 lines.append(f"unknown key {key}{hint}")
             case "missing":

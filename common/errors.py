@@ -43,6 +43,10 @@ class BudgetError(PrivacyError):
     """A charge would exceed what the site has allowed."""
 
 
+class PolicyRefusal(PrivacyError):
+    """The site's own rules do not allow what was asked. Nothing was computed, charged or sent."""
+
+
 class ProtocolError(ConfideError):
     """A message does not follow the protocol: wrong type, wrong length, wrong order, wrong sender."""
 
@@ -68,6 +72,7 @@ class StatusCode(Enum):
     """
 
     REFUSED_BUDGET = "refused-budget"
+    REFUSED_POLICY = "refused-policy"
     REFUSED_PRIVACY = "refused-privacy"
     REFUSED_PROTOCOL = "refused-protocol"
     REFUSED_CONFIG = "refused-config"
@@ -81,6 +86,8 @@ def status_of(error: BaseException) -> StatusCode:
     match error:
         case BudgetError():
             return StatusCode.REFUSED_BUDGET
+        case PolicyRefusal():
+            return StatusCode.REFUSED_POLICY
         case PrivacyError():
             return StatusCode.REFUSED_PRIVACY
         case ProtocolError():

@@ -110,12 +110,43 @@ def verify_export(
         LedgerError: the subclass of the first check that failed, with its number in `check`.
     """
     # (1)
-    entries, head = _parse(data)
+    entries, head = read_export(data)
+    # (2) to (6)
+    found = verify_entries(entries, public=public, pld=pld)
+    genesis = found.genesis
+    # (7)
+    check_head(head, genesis.site, entries[-1], found.key)
+    # (8)
+    kept = list(receipts)
+    for receipt in kept:
+        check_receipt(receipt, genesis.site, entries, found.key)
+    # (9)
+    runs = {claim.run: check_claim(claim, found.history) for claim in claims}
+    return LedgerReport(genesis.site, genesis.public_key, head, found.scopes, len(kept), runs, found.skipped)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What checks 2 to 6 have found. key: whose signatures were checked. skipped: as in `LedgerReport`."""
+
+    genesis: Genesis
+    key: bytes
+    history: History
+    scopes: tuple[ScopeReport, ...]
+    skipped: tuple[str, ...]
+
+
+def verify_entries(entries: Sequence[Entry], *, public: bytes | None = None, pld: bool = True) -> Verified:
+    """Checks 2 to 6, of a ledger that need not have a signed head. `public`, `pld`: as in `verify_export`.
+
+    Raises:
+        LedgerError: the subclass of the first check that failed.
+    """
     # (2)
     for number, entry in enumerate(entries):
         check_link(entries[number - 1] if number else None, entry)
     # (3) Whose ledger it is stands in its first entry.
-    genesis = entries[0].record
+    genesis = entries[0].record if entries else None
     if not isinstance(genesis, Genesis):
         raise LedgerFormatError(f"{type(genesis).__name__} as first entry")
     key = bytes.fromhex(genesis.public_key) if public is None else public
@@ -128,21 +159,18 @@ def verify_export(
     if _opacus_step(1.0, 1.0) is None:
         skipped.append("the second accountant: Opacus is not installed")
     scopes = tuple(_check_accountants(history.balance(name), pld) for name in history.scopes)
-    # (7)
-    _check_head(head, genesis.site, entries[-1], key)
-    # (8)
-    kept = list(receipts)
-    for receipt in kept:
-        _check_receipt(receipt, genesis.site, entries, key)
-    # (9)
-    runs = {claim.run: _check_claim(claim, history) for claim in claims}
-    return LedgerReport(genesis.site, genesis.public_key, head, scopes, len(kept), runs, tuple(skipped))
+    return Verified(genesis, key, history, scopes, tuple(skipped))
 
 
 # 1 Format
 
 
-def _parse(data: bytes) -> tuple[list[Entry], SignedHead]:
+def read_export(data: bytes) -> tuple[list[Entry], SignedHead]:
+    """The entries and the signed head of an export, each in the one spelling that `export_ledger` writes.
+
+    Raises:
+        LedgerFormatError: check 1 fails.
+    """
     try:
         text = data.decode("ascii")
     except UnicodeDecodeError as error:
@@ -277,7 +305,8 @@ def _check_accountants(balance: Balance, pld: bool) -> ScopeReport:
 # 7 Head, 8 Receipts
 
 
-def _check_head(head: SignedHead, site: int, last: Entry, key: bytes) -> None:
+def check_head(head: SignedHead, site: int, last: Entry, key: bytes) -> None:
+    """Check 7. Raises HeadError, HeadSignatureError."""
     if (head.site, head.seq, head.hash) != (site, last.seq, last.hash):
         raise HeadError(
             f"the head of entry {head.seq} of site {head.site} after entry {last.seq} of site {site}"
@@ -286,7 +315,8 @@ def _check_head(head: SignedHead, site: int, last: Entry, key: bytes) -> None:
         raise HeadSignatureError("another signature on the last line")
 
 
-def _check_receipt(receipt: SignedHead, site: int, entries: Sequence[Entry], key: bytes) -> None:
+def check_receipt(receipt: SignedHead, site: int, entries: Sequence[Entry], key: bytes) -> None:
+    """Check 8. Raises ReceiptError, HeadWentBackError, ForkError."""
     if receipt.site != site or not receipt.is_signed_by(key):
         raise ReceiptError(f"a receipt of entry {receipt.seq} that site {site} has not signed")
     if receipt.seq > len(entries):
@@ -298,8 +328,12 @@ def _check_receipt(receipt: SignedHead, site: int, entries: Sequence[Entry], key
 # 9 Claims
 
 
-def _check_claim(claim: Claim, history: History) -> float:
-    """What the run has cost one record: the most among data sources that share no records."""
+def check_claim(claim: Claim, history: History) -> float:
+    """Check 9, and what the run has cost one record: the most among data sources that share no records.
+
+    Raises:
+        ClaimError: that is more than is claimed, or the run was never charged.
+    """
     costs = []
     for name in history.scopes:
         charges = [r.charge for r in history.balance(name).reservations if r.charge.run == claim.run]

@@ -17,7 +17,7 @@ from server.report_style import number
 
 # A site gives these before it charges itself. After any other failure it may have been charged, although
 # the server never saw an update.
-_NOT_CHARGED = frozenset({"refused-budget", "refused-config", "refused-protocol"})
+_NOT_CHARGED = frozenset({"refused-budget", "refused-config", "refused-policy", "refused-protocol"})
 
 
 @dataclass(frozen=True)

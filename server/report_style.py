@@ -1,331 +1,40 @@
-"""How a report looks: its style sheet, values as safe text, tables, and plots as SVG.
+"""The house style of every page, as reports know it: see common/report_style.py and report_plots.py."""
 
-Nothing here knows of a run. Plots take their colours from the style sheet; the same numbers give the same
-bytes.
-"""
+from common.report_plots import Line, plot_bars, plot_epsilon, plot_metric
+from common.report_style import (
+    STYLE,
+    alarm,
+    bullets,
+    figure,
+    fixed,
+    general,
+    many,
+    number,
+    pairs,
+    rounded_down,
+    rounded_up,
+    safe,
+    table,
+    tally,
+)
 
-from __future__ import annotations
-
-import io
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Any
-
-from common.privacy import epsilon_text
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2127; --faint: #626b77; --line: #dfe3e8;
-  --panel: #f6f7f9; --first: #27609c; --second: #b4602a; --shade: #eceff3; --alarm: #a3201a;
-  --alarm-paper: #fdecea; --alarm-ink: #6d1410; --care-paper: #fdf5e2; --care-line: #d9a520; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e3e6ea; --faint: #98a1ad;
-  --line: #333a43; --panel: #1d2126; --first: #7fb2e8; --second: #e39b66; --shade: #242a31;
-  --alarm: #e5635b; --alarm-paper: #3b1715; --alarm-ink: #ffd9d5; --care-paper: #302810;
-  --care-line: #a9821f; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 36px 24px 64px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 4px; font-weight: 650; }
-h2 { font-size: 20px; margin: 44px 0 12px; font-weight: 650; }
-h3 { font-size: 15px; margin: 20px 0 6px; font-weight: 650; }
-p { margin: 8px 0; max-width: 76ch; }
-.over { color: var(--faint); font-size: 13px; letter-spacing: .05em; text-transform: uppercase; margin: 0; }
-.facts code { white-space: normal; }
-.facts, figcaption span, .small { color: var(--faint); font-size: 14px; }
-.verdict { font-size: 19px; line-height: 1.5; margin: 18px 0 8px; }
-.alarm, .care { border-left: 5px solid var(--alarm); background: var(--alarm-paper);
-  color: var(--alarm-ink); padding: 10px 16px; margin: 12px 0; border-radius: 0 6px 6px 0; }
-.alarm p, .care p { max-width: none; margin: 0; }
-.care { border-color: var(--care-line); background: var(--care-paper); color: var(--ink); }
-.care ul { margin: 0; padding-left: 18px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px;
-  margin: 20px 0 0; padding: 0; }
-.tiles div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
-  padding: 10px 14px; }
-.tiles dt { color: var(--faint); font-size: 13px; }
-.tiles dd { margin: 2px 0 0; font-size: 21px; font-variant-numeric: tabular-nums; }
-.tiles dd small { display: block; font-size: 13px; line-height: 1.35; color: var(--faint); }
-.box { border: 1px solid var(--line); background: var(--panel); border-radius: 8px; padding: 6px 22px 16px; }
-.box > p:first-child { font-size: 17px; margin-top: 12px; }
-.pairs { margin: 14px 0; }
-.pairs div { display: grid; grid-template-columns: 180px 1fr; gap: 20px; margin: 5px 0; }
-.pairs dt { color: var(--faint); }
-.pairs dd { margin: 0; }
-.box ul { margin: 4px 0; padding-left: 20px; }
-.box li { margin: 4px 0; max-width: 82ch; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
-  gap: 30px 36px; }
-figure { margin: 0; min-width: 0; }
-figcaption { font-weight: 600; font-size: 15px; line-height: 1.4; min-height: 2.9em; }
-figcaption span { display: block; font-weight: 400; }
-svg { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; margin: 8px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
-th.text, td.text { text-align: left; }
-td.codes { white-space: normal; min-width: 150px; }
-tr.out td { color: var(--alarm); }
-summary { cursor: pointer; font-weight: 600; margin: 12px 0; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px;
-  overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-code, .whole { white-space: nowrap; }
-pre code { white-space: pre; }
-code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-footer { margin-top: 48px; border-top: 1px solid var(--line); }
-@media (max-width: 600px) { main { padding: 20px 14px 40px; } h1 { font-size: 25px; }
-  .verdict { font-size: 17px; } .tiles dd { font-size: 19px; }
-  .box { padding: 4px 14px 12px; } figcaption { min-height: 0; }
-  .pairs div { grid-template-columns: 1fr; gap: 0; margin: 10px 0; } }
-@media print { main { max-width: none; padding: 0; } figure, .box, tr { break-inside: avoid; } }
-"""
-
-# Matplotlib knows no CSS variables: it draws in these colours, and they are replaced in what it wrote.
-_INK, _FAINT, _LINE, _SHADE = "#010101", "#010102", "#010103", "#010104"
-_FIRST, _SECOND, _ALARM, _PAPER = "#010105", "#010106", "#010107", "#010108"
-_VARIABLES = {
-    _INK: "--ink",
-    _FAINT: "--faint",
-    _LINE: "--line",
-    _SHADE: "--shade",
-    _FIRST: "--first",
-    _SECOND: "--second",
-    _ALARM: "--alarm",
-    _PAPER: "--paper",
-}
-_SETTINGS = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.edgecolor": _LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": _LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _FAINT,
-    "ytick.labelcolor": _FAINT,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-}
-
-
-# Values as safe text. Nothing from a run's folder reaches a page by any other way.
-
-
-def safe(value: object) -> str:
-    return escape(str(value), quote=True)
-
-
-def number(value: object) -> float | None:
-    """`value` if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def fixed(value: object, digits: int = 3) -> str:
-    """With `digits` after the point, or a dash where there is no number."""
-    found = number(value)
-    return "–" if found is None else f"{found:,.{digits}f}"
-
-
-def general(value: object) -> str:
-    found = number(value)
-    return "–" if found is None else f"{found:g}"
-
-
-def rounded_up(epsilon: object) -> str:
-    """An upper bound that stays one."""
-    found = number(epsilon)
-    return "–" if found is None else epsilon_text(found)
-
-
-def rounded_down(value: float) -> str:
-    return f"{max(0.0, math.floor(value * 1000) / 1000):.3f}"
-
-
-def many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def tally(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} × {safe(what)}" for what, count in counts.most_common()) or "none"
-
-
-# Blocks. What they are given must be safe already.
-
-
-def alarm(text: str) -> str:
-    return f'<div class="alarm" role="alert"><p>{text}</p></div>\n'
-
-
-def pairs(items: Iterable[tuple[str, str]], kind: str = "pairs") -> str:
-    inside = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in items)
-    return f'<dl class="{kind}">\n{inside}</dl>\n'
-
-
-def bullets(items: Iterable[str]) -> str:
-    return "<ul>\n" + "".join(f"<li>{item}</li>\n" for item in items) + "</ul>\n"
-
-
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """`columns`: heading and class; `rows`: the row's class and its cells."""
-    head = "".join(f'<th class="{kind}" scope="col">{name}</th>' for name, kind in columns)
-    body = "".join(
-        f'<tr class="{kind}">'
-        + "".join(f'<td class="{c[1]}">{cell}</td>' for c, cell in zip(columns, cells, strict=True))
-        + "</tr>\n"
-        for kind, cells in rows
-    )
-    inside = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>"
-    return f'<div class="wide"><table>\n{inside}\n</table></div>\n'
-
-
-def figure(title: str, note: str, svg: str) -> str:
-    return f"<figure><figcaption>{title}<span>{note}</span></figcaption>\n{svg}</figure>\n"
-
-
-@dataclass(frozen=True)
-class Line:
-    """`y[i]` belongs to `x[i]`, a round; `hollow` points were measured on fewer records than the others."""
-
-    label: str
-    x: Sequence[int]
-    y: Sequence[float]
-    hollow: Sequence[bool] = ()
-
-
-def plot_metric(title: str, line: Line, *, warmup: int, level: tuple[str, float] | None = None) -> str:
-    """One metric by round, with the warm-up shaded and a `level` to compare with."""
-
-    def draw(axes: Any) -> None:
-        _shade_warmup(axes, warmup)
-        if level is not None:
-            axes.axhline(level[1], color=_FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label=level[0])
-        axes.plot(line.x, line.y, color=_FIRST, linewidth=2)
-        for hollow in (False, True):
-            at = [i for i in range(len(line.x)) if (i < len(line.hollow) and line.hollow[i]) == hollow]
-            label = line.label if not hollow else "fewer records"
-            face = _PAPER if hollow else _FIRST
-            if at:
-                axes.plot(
-                    [line.x[i] for i in at],
-                    [line.y[i] for i in at],
-                    color=_FIRST,
-                    linestyle="none",
-                    marker="o",
-                    markersize=5 if len(line.x) <= 40 else 2.5,
-                    markerfacecolor=face,
-                    label=label,
-                )
-        _legend(axes)
-
-    return _svg(title, draw)
-
-
-def plot_epsilon(
-    title: str, lines: Sequence[Line], band: tuple[Line, Line] | None, budget: float, warmup: int
-) -> str:
-    """ε by round against the budget; `band` shades what lies between its two lines."""
-
-    def draw(axes: Any) -> None:
-        _shade_warmup(axes, warmup)
-        axes.axhline(budget, color=_ALARM, linewidth=1.4, linestyle=(0, (4, 3)), label=f"budget {budget:g}")
-        if band is not None:
-            axes.fill_between(band[0].x, band[0].y, band[1].y, color=_FIRST, alpha=0.18, linewidth=0)
-        for index, line in enumerate(lines):
-            color = (_FIRST, _SECOND, _FAINT, _INK)[index % 4]
-            style = ("-", (0, (6, 2)), (0, (2, 1.5)))[index // 4 % 3]
-            axes.plot(line.x, line.y, color=color, linewidth=2, linestyle=style, label=line.label)
-        highest = max([budget, *(y for line in lines for y in line.y)])
-        axes.set_ylim(0, highest * 1.08)
-        _legend(axes)
-
-    return _svg(title, draw)
-
-
-def plot_bars(title: str, lines: Sequence[Line], *, stacked: bool = False) -> str:
-    """Bars by round, side by side, or stacked with the last of them in red."""
-
-    def draw(axes: Any) -> None:
-        base = [0.0] * len(lines[0].x)
-        width = 0.72 if stacked else 0.72 / len(lines)
-        for index, line in enumerate(lines):
-            shift = 0.0 if stacked else (index - (len(lines) - 1) / 2) * width
-            color = _ALARM if stacked and index == len(lines) - 1 else (_FIRST, _SECOND)[index % 2]
-            axes.bar(
-                [x + shift for x in line.x],
-                line.y,
-                width,
-                bottom=base if stacked else None,
-                color=color,
-                label=line.label,
-            )
-            if stacked:
-                base = [b + y for b, y in zip(base, line.y, strict=True)]
-        high = max([max(line.y, default=0.0) for line in lines] + (base if stacked else []))
-        axes.set_ylim(0, (high or 1.0) * 1.05)
-        axes.yaxis.set_major_formatter(_plain_number)
-        if len(lines) > 1:
-            _legend(axes)
-
-    return _svg(title, draw)
-
-
-def _plain_number(value: float, _: int | None = None) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
-
-
-def _shade_warmup(axes: Any, warmup: int) -> None:
-    if warmup:
-        axes.axvspan(0, warmup, color=_SHADE, linewidth=0, label="warm-up")
-
-
-def _legend(axes: Any) -> None:
-    """Above the plot, where it hides nothing."""
-    count = len(axes.get_legend_handles_labels()[0])
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=count if count <= 4 else 3,
-        columnspacing=1.3,
-        handlelength=1.6,
-        borderaxespad=0.2,
-    )
-
-
-def _svg(title: str, draw: Callable[[Any], None]) -> str:
-    """What `draw` draws, as an `<svg>` element with the accessible name `title`, which must be safe HTML."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": title}):
-        figure = Figure(figsize=(5.7, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-        draw(axes)
-        axes.set_xlabel("round")
-        written = io.BytesIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    text = written.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # needless inside HTML
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)  # names of groups, the same in every plot
-    text = text.replace("xlink:href", "href")
-    text = text.replace("font-family: 'DejaVu Sans'", "font-family: system-ui, sans-serif")
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+__all__ = [
+    "STYLE",
+    "Line",
+    "alarm",
+    "bullets",
+    "figure",
+    "fixed",
+    "general",
+    "many",
+    "number",
+    "pairs",
+    "plot_bars",
+    "plot_epsilon",
+    "plot_metric",
+    "rounded_down",
+    "rounded_up",
+    "safe",
+    "table",
+    "tally",
+]

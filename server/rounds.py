@@ -37,6 +37,7 @@ _REFUSALS = {code.value for code in StatusCode}
 # Answers that say that nothing was charged; see the order of checks in client/app.py.
 _FREE = {
     StatusCode.REFUSED_BUDGET.value,
+    StatusCode.REFUSED_POLICY.value,
     StatusCode.REFUSED_PRIVACY.value,
     StatusCode.REFUSED_CONFIG.value,
     StatusCode.REFUSED_PROTOCOL.value,

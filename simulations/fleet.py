@@ -16,6 +16,8 @@ from flwr.app import Context
 
 from client.identity import SiteFolder, load_identity, load_local_key
 from client.ledger import Ledger
+from client.policy import SitePolicy, open_policy
+from client.policy_check import model_digest, policy_of_run
 from client.selftest import self_test
 from client.site import Pinned, Site
 from client.store import FileStore
@@ -31,6 +33,7 @@ from common.models import AdaptedModel, load_model
 from common.noise import KEY_BYTES, derived_key
 from common.plan import Plan, make_plan
 from common.roster import load_roster
+from common.secagg.keys import IdentityKey
 from common.secagg.policy import Roster
 from common.tables import CleaningReport, Columns, Table, clean, label_ids, label_names
 from common.tasks import Examples, IntArray, make_task
@@ -185,6 +188,9 @@ class Fleet:
         self._features = FeatureCache()
         self._ledgers: dict[int, Ledger] = {}
         self._setting = _setting(config, self.model)
+        self._model_digest = model_digest(self.model)
+        self._own_policy = policy_of_run(config, self.plan, source=SCOPE, model=self._model_digest)
+        self._policy_text = self._own_policy.to_toml()
         if self.plan.private:
             for part in {r.part for r in self.plan.rounds}:
                 self_test(self.model, part)
@@ -231,6 +237,8 @@ class Fleet:
             plan=self.plan,
             plan_digest=self.plan_digest,
             setting=self._setting,
+            policy=self._policy(site_id),
+            model_digest=self._model_digest,
             ledger=self.ledger(site_id) if self.plan.private else None,
             scope=SCOPE,
             noise_key=lambda context: derived_key(secret, site_id.to_bytes(4, "little"), context),
@@ -251,8 +259,29 @@ class Fleet:
             run=self.run_id.encode(),
             random_bytes=os.urandom,
         )
-        identity = load_identity(folder.identity, None)
-        return Pinned(identity, self.roster, store, local_key, os.urandom)
+        return Pinned(self._identity(site_id), self.roster, store, local_key, os.urandom)
+
+    def _policy(self, site_id: int) -> SitePolicy:
+        """It allows exactly this run, unless somebody has put another policy.toml into the site's folder."""
+        ledger = self.ledger(site_id) if self.plan.private else None
+        path = SiteFolder(self.folder.site(site_id)).policy
+        if path.exists():
+            return open_policy(path, ledger, simulated=True)
+        if ledger is not None:
+            ledger.record_policy(self._policy_text)
+        return self._own_policy
+
+    def _identity(self, site_id: int) -> IdentityKey:
+        """The site's key. Checked before a ledger is begun with it, which would be of another site for ever.
+
+        Raises:
+            ConfigError: it is not the one that the roster has for this site.
+        """
+        path = SiteFolder(self.folder.site(site_id)).identity
+        identity = load_identity(path, None)
+        if self.roster.get(site_id) != identity.public:
+            raise ConfigError(f"{path} is not the key that the roster has for site {site_id}: restore it")
+        return identity
 
     @cached_property
     def roster(self) -> Roster:
@@ -264,9 +293,8 @@ class Fleet:
         if (ledger := self._ledgers.pop(site_id, None)) is None:
             while len(self._ledgers) >= _OPEN_LEDGERS:
                 self._ledgers.pop(next(iter(self._ledgers))).close()
-            identity = load_identity(SiteFolder(self.folder.site(site_id)).identity, None)
             witness = self.folder.witness(site_id, "ledger")
-            ledger = Ledger(self.folder.ledger(site_id), identity, site_id, witness=witness)
+            ledger = Ledger(self.folder.ledger(site_id), self._identity(site_id), site_id, witness=witness)
             ledger.open_scope(
                 SCOPE,
                 target_epsilon=self.plan.target_epsilon,

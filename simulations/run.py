@@ -210,6 +210,7 @@ def _summary(
     worst = min(by_site, key=lambda site: by_site[site]) if by_site else None
     return {
         "name": config.run.name,
+        "run_id": fleet.run_id,  # as the sites' ledgers name it
         "task": config.task.kind.value,
         "model": config.model.name,
         "sites": config.sites.count,

@@ -26,6 +26,7 @@ from unittest import mock
 import client.ledger
 from client import ledger_file
 from client.ledger import Ledger
+from client.ledger_witness import Witness
 from common.errors import BudgetError
 from common.ledger import Charge
 from common.ledger_errors import LedgerStorageError, WrongStateError
@@ -68,7 +69,11 @@ def last(ledger: Ledger) -> Ack:
 
 def missing(root: Path, acks: set[Ack]) -> str:
     """Open what is left, as after any crash. What was acknowledged and is not there, or what went wrong."""
+    path, watched = root / "site" / "ledger.sqlite", root / "away" / "witness"
     try:
+        kept = Witness(watched, ledger=path, site=SITE, public=IDENTITY.public).newest()
+        if acks and (kept is None or kept.seq < max(acks)[0]):
+            return f"the witness knows {kept} of {len(acks)}"
         with open_ledger(root) as ledger:
             found = {(entry.seq, entry.hash.hex()) for entry in ledger.entries()}
             if lost := acks - found:

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 import client.app
 from client.identity import SiteFolder, create_site, load_identity, load_local_key
 from client.ledger import Ledger
+from client.policy_check import model_digest, policy_of_run
 from client.site import Pinned, Site
 from client.store import FileStore, drop_waiting, load_waiting
 from client.training import Shard
@@ -79,6 +80,12 @@ class Client:
         return path.read_text("utf-8") if path.exists() else ""
 
 
+def agreeing(site: Site) -> Client:
+    """A client whose site's own people allow just what it is configured for."""
+    policy = policy_of_run(site.config, site.plan, source=site.scope, model=site.model_digest)
+    return Client(dataclasses.replace(site, policy=policy))
+
+
 @pytest.fixture
 def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
     this = world("bert-mean")
@@ -110,6 +117,8 @@ def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
             plan=plan,
             plan_digest=plan_digest(plan),
             setting=b"a configuration and a base model",
+            policy=policy_of_run(config, plan, source="records", model=model_digest(this.model)),
+            model_digest=model_digest(this.model),
             ledger=ledger,
             scope="records",
             noise_key=lambda context: derived_key(bytes(32), context),
@@ -213,7 +222,7 @@ def test_only_a_site_that_says_so_sends_a_plain_update(subject: Client) -> None:
     config = subject.site.config.model_copy(update={"study": study})
     with pytest.raises(PrivacyError, match="--insecure-plain-updates"):
         dataclasses.replace(subject.site, config=config)
-    plain = Client(dataclasses.replace(subject.site, config=config, pinned=None))
+    plain = agreeing(dataclasses.replace(subject.site, config=config, pinned=None))
     answer = plain.ask(plain.request())
     assert isinstance(answer, wire.PlainUpdate) and np.abs(answer.vector).max() > 0
     assert (answer.site, answer.round) == (3, 1)
@@ -224,7 +233,8 @@ def test_metrics_are_charged_with_training(subject: Client) -> None:
     section = subject.site.config.metrics.model_copy(update={"enabled": True})
     config = subject.site.config.model_copy(update={"metrics": section})
     plan = make_plan(config)
-    both = Client(dataclasses.replace(subject.site, config=config, plan=plan, plan_digest=plan_digest(plan)))
+    asked = dataclasses.replace(subject.site, config=config, plan=plan, plan_digest=plan_digest(plan))
+    both = agreeing(asked)
     vector = both.vector(both.request())
     policy = policy_of(config, subject.site.model, plan.round(1))
     assert set(policy.codec.decode_sum(vector, 1).counts) == {"records", "correct", "loss"}
@@ -413,6 +423,8 @@ def test_a_study_without_privacy_is_charged_nothing(subject: Client) -> None:
         dataclasses.replace(subject.site, ledger=None)
     with pytest.raises(PrivacyError, match="without a ledger"):
         dataclasses.replace(subject.site, plan=open_plan)
-    study = Client(dataclasses.replace(subject.site, plan=open_plan, ledger=None))
+    privacy = subject.site.config.privacy.model_copy(update={"insecure_disabled": True})
+    config = subject.site.config.model_copy(update={"privacy": privacy})
+    study = agreeing(dataclasses.replace(subject.site, config=config, plan=open_plan, ledger=None))
     study.vector(study.request())
     assert subject.charges == 0
