@@ -16,7 +16,7 @@ from common.features import FeatureCache
 from common.models import AdaptedModel, Part
 from common.noise import NoiseStream
 from common.privacy import SampledGaussianEvent
-from common.tasks import Batch, Examples, IntArray, collate
+from common.tasks import Batch, IntArray, collate
 
 _RECORDS = 3
 _TOLERANCE = 1e-3  # relative; float32 sums in another order differ by less
@@ -34,25 +34,13 @@ def self_test(model: AdaptedModel, part: Part) -> None:
     """
     before = read_vector(model.parameters, model.layout)
     try:
-        shard = Shard(_records(model), np.arange(_RECORDS))
+        shard = Shard(model.task.made_up(np.random.default_rng(0), model.tokenizer), np.arange(_RECORDS))
         _check_output_moves(model, shard, before)
         # From a generic point: at the start, B = 0 hides every fault behind it.
         write_vector(model.parameters, model.layout, _shifted(before))
         _check_gradients(model, part, shard)
     finally:
         write_vector(model.parameters, model.layout, before)
-
-
-def _records(model: AdaptedModel) -> Examples:
-    """Random tokens of unlike lengths; targets that every task can read."""
-    rng = np.random.default_rng(0)
-    lengths = np.array([5, 9, 7][:_RECORDS])
-    vocabulary = int(model.tokenizer.vocab_size)
-    tokens = rng.integers(0, vocabulary, int(lengths.sum())).astype(np.int32)
-    target = (
-        rng.integers(0, max(2, len(model.task.labels)), _RECORDS) if model.task.labels else np.ones(_RECORDS)
-    )
-    return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), target.astype(np.int64))
 
 
 def _shifted(vector: Vector) -> Vector:

