@@ -60,14 +60,15 @@ def chrf_sums(found: str, wanted: str) -> list[int]:
 
 def chrf(sums: Sequence[float]) -> float:
     """chrF2 (Popović 2015) of a corpus, 0 to 100, from the sums of its records."""
-    factor, total, orders = _CHRF_BETA**2, 0.0, 0
-    for found, wanted, both in zip(sums[0::3], sums[1::3], sums[2::3], strict=True):
-        if found > 0 and wanted > 0:
-            orders += 1
-            precision, recall = both / found, both / wanted
-            if precision + recall > 0:
-                total += (1 + factor) * precision * recall / (factor * precision + recall)
-    return 100 * total / orders if orders else 0.0
+    orders = [(f, w, b) for f, w, b in zip(sums[0::3], sums[1::3], sums[2::3], strict=True) if f and w]
+    if not orders:
+        return 0.0
+    precision = sum(both / found for found, _, both in orders) / len(orders)
+    recall = sum(both / wanted for _, wanted, both in orders) / len(orders)
+    if not precision + recall:
+        return 0.0
+    factor = _CHRF_BETA**2
+    return 100 * (1 + factor) * precision * recall / (factor * precision + recall)
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:
