@@ -14,7 +14,9 @@ from pathlib import Path
 from string import Formatter
 
 from common.errors import DataError
+from common.images import image_text
 
+IMAGES = "images"  # in place of what joins lists: the text is an image
 _SHOWN = 40  # characters of a value that may stand in a message
 _LISTED = 10  # names that a message lists before it says "and N more"
 
@@ -66,6 +68,11 @@ def text_of(
     cells: Mapping[str, object], template: str | None, column: str, joint: str | None, cell: Cell
 ) -> str:
     """The text of a record: of one column, or put together by a template. A null in a template is empty."""
+    if joint == IMAGES:
+        try:
+            return image_text(cells[column], cell.path.parent)
+        except DataError as error:
+            raise DataError(f"{cell.path}, row {cell.row}, column {short(column)}: {error}.") from None
     if template is None:
         value = cells[column]
         return (
@@ -81,7 +88,7 @@ def text_of(
 
 def label_of(value: object, joint: str | None, cell: Cell) -> str:
     """A label; where the task takes several, a list of them or one string with `joint` between them."""
-    if joint is not None and isinstance(value, list):
+    if joint in (" ", "|") and isinstance(value, list):
         return _joined(value, joint, cell)
     if joint == "|":  # any number of labels: none, too
         return "" if value is None else value_of(value, cell)

@@ -161,6 +161,17 @@ logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
 """
     auto = config.task.kind.needs.auto
     options = f", num_labels={model.task.outputs}" if model.task.outputs else ""
+    if config.task.kind is TaskKind.IMAGE_CLASSIFICATION:
+        return f"""from peft import PeftModel
+from PIL import Image
+from transformers import {auto}, AutoImageProcessor
+
+folder = "."  # this folder
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}{options}), folder).eval()
+image = Image.new("RGB", (64, 64))  # or Image.open("some.jpg").convert("RGB")
+batch = AutoImageProcessor.from_pretrained(folder)(images=[image], return_tensors="pt")
+{_reading(model, config)}
+"""
     return f"""from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 

@@ -17,10 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from common.adapter import Layout
-from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig
+from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
 from common.errors import ModelError
 from common.tasks import Task
 
@@ -89,7 +89,7 @@ class AdaptedModel:
 
     module: nn.Module
     peft: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # of images the image processor
     task: Task
     parameters: Mapping[str, nn.Parameter]
     device: torch.device
@@ -100,7 +100,7 @@ class AdaptedModel:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+        return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
 
     @property
     def head(self) -> nn.Linear | None:
@@ -215,6 +215,12 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_image_processor(config: ModelSection) -> Any:
+    """What cuts and scales images for the model: it stands where other tasks have a tokenizer."""
+    with _readable_errors(config):
+        return AutoImageProcessor.from_pretrained(model_path(config.name), trust_remote_code=False)
+
+
 def load_model(config: RunConfig, task: Task) -> AdaptedModel:
     """Load the base, inject the adapter, freeze the rest.
 
@@ -224,7 +230,8 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
         ModelError: the model is not there, is not safetensors, or the adapter does not fit it.
     """
     device = pick_device(config.run.device)
-    tokenizer = load_tokenizer(config.model)
+    images = task.kind is TaskKind.IMAGE_CLASSIFICATION
+    tokenizer = load_image_processor(config.model) if images else load_tokenizer(config.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         base = _load_base(config, task, tokenizer)
@@ -297,7 +304,7 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
             f"model.max_length must be at most {longest} for this model, found {model.max_length}"
         )
     base_config: Any = base.config
-    if base_config.pad_token_id is None:
+    if task.kind is not TaskKind.IMAGE_CLASSIFICATION and base_config.pad_token_id is None:
         # Decoders that classify read the last token that is not padding.
         base_config.pad_token_id = tokenizer.pad_token_id
     return base
@@ -315,6 +322,7 @@ def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, 
         lora_dropout=adapter.dropout,
         target_modules=list(_targets(base, adapter)),
         layers_to_transform=_layers(model_config, adapter),
+        modules_to_save=["classifier"] if kind is None else None,  # of a task that peft does not know
     )
     try:
         peft = get_peft_model(base, lora)

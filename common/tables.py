@@ -40,7 +40,7 @@ class Columns:
     group: str | None = None
     start: str | None = None  # where the label begins in the text; see `spans`
     template: str | None = None  # the text is made of columns: "age {age}, trade {trade}"
-    joint: str | None = None  # stands between the items of a list in label and text; None: no lists
+    joint: str | None = None  # between items of a list in label and text, or IMAGES; None: no lists
     spans: bool = False  # the label is a stretch of the text
 
     @cached_property

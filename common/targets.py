@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cells import listed, nearest, short
+from common.cells import IMAGES, listed, nearest, short
 from common.config import DataSection, TaskKind
 from common.errors import DataError
 from common.tables import Columns, Table, label_ids, label_names
@@ -21,7 +21,11 @@ def columns_of(data: DataSection, kind: TaskKind) -> Columns:
     """What is read of a file of records for this kind of task."""
     if data.sample is not None:
         return Columns("text", "label", None, "group")
-    joint = {TaskKind.TOKEN_CLASSIFICATION: " ", TaskKind.MULTI_LABEL: SEPARATOR}.get(kind)
+    joint = {
+        TaskKind.TOKEN_CLASSIFICATION: " ",
+        TaskKind.MULTI_LABEL: SEPARATOR,
+        TaskKind.IMAGE_CLASSIFICATION: IMAGES,
+    }.get(kind)
     return Columns(
         data.text,
         data.label if kind.needs.label else None,

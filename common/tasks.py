@@ -21,6 +21,7 @@ from common.examples import Batch, Examples, IntArray, by_length, collate
 from common.tables import Table
 from common.task_classify import MultiLabel, Regression, SequenceClassification
 from common.task_generate import CausalLM, Seq2Seq
+from common.task_images import ImageClassification
 from common.task_tokens import ExtractiveQA, TokenClassification
 
 __all__ = ["Batch", "Examples", "IntArray", "Task", "by_length", "collate", "make_task"]
@@ -88,4 +89,4 @@ def make_task(kind: TaskKind, labels: Sequence[str], section: TaskSection | None
         case TaskKind.SEQ2SEQ:
             return Seq2Seq()
         case TaskKind.IMAGE_CLASSIFICATION:
-            raise ConfigError("image-classification is not there yet")
+            return ImageClassification(names, weights)

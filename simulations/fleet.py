@@ -37,6 +37,8 @@ from server.record import RunFolder
 from server.rounds import Job
 from simulations.partition import by_group, dirichlet, hold_out, iid
 
+_NO_LIMIT = 2**62  # characters of an image, which stands in a table as its bytes
+
 
 @dataclass(frozen=True)
 class Split:
@@ -61,15 +63,14 @@ def split_data(config: RunConfig) -> Split:
     data = config.data
     columns = columns_of(data, config.task.kind)
     overlap = 0
-    table, cleaning = clean(_read(data, columns), max_characters=data.max_characters)
+    longest = _NO_LIMIT if config.task.kind is TaskKind.IMAGE_CLASSIFICATION else data.max_characters
+    table, cleaning = clean(_read(data, columns), max_characters=longest)
     labels = config.task.labels or found_labels(config.task.kind, table)
     # Every label known, or an error that names the row.
     check_records(config.task.kind, table, labels, config.task.range)
     if data.test is not None:
         # Nothing reads the groups of public records, so their file need not name them.
-        public, _ = clean(
-            read_table(data.test, replace(columns, group=None)), max_characters=data.max_characters
-        )
+        public, _ = clean(read_table(data.test, replace(columns, group=None)), max_characters=longest)
         public, overlap = _without(public, table)
         check_records(config.task.kind, public, labels, config.task.range)
         kept: IntArray = np.arange(len(table))

@@ -7,6 +7,7 @@ Nothing here needs a network. Models are built once a session, from a config and
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 from common.adapter import Vector
@@ -89,8 +93,23 @@ def save_tokenizer(folder: Path, *, encoder: bool, writes: bool = False) -> int:
     return len(vocabulary)
 
 
+def save_vision_model(folder: Path) -> Path:
+    """A vision transformer for images of 16 by 16 pixels, and its image processor."""
+    vit = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+        patch_size=8, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        ViTModel(vit).save_pretrained(str(folder))
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(str(folder))
+    return folder
+
+
 def save_model(folder: Path, kind: str) -> Path:
     """A model of two layers and sixteen dimensions: weights in safetensors, tokenizer beside them."""
+    if kind == "vit":
+        return save_vision_model(folder)
     size = save_tokenizer(folder, encoder=kind == "bert", writes=kind in ("t5", "mbart"))
     wide = {"vocab_size": size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
@@ -164,6 +183,25 @@ def mbart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("vit"), "vit")
+
+
+@pytest.fixture(scope="session")
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 arrays of pixels; good ones are bright on the left."""
+    path = tmp_path_factory.mktemp("images") / "records.jsonl"
+    rng = np.random.default_rng(5)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(160):
+            label = LABELS[int(rng.integers(2))]
+            pixels = rng.integers(0, 128, (12, 16))
+            pixels[:, :8] += 120 * (label == "good")
+            file.write(json.dumps({"text": pixels.tolist(), "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """160 records of one to nine words in eight groups; every kind of label follows from the words."""
     path = tmp_path_factory.mktemp("data") / "records.csv"
@@ -201,6 +239,7 @@ def tiny_config(folder: Path, train: Path, /, **sections: dict[str, Any]) -> Run
 def tiny_model(config: RunConfig) -> AdaptedModel:
     names = {
         TaskKind.SEQUENCE_CLASSIFICATION: LABELS,
+        TaskKind.IMAGE_CLASSIFICATION: LABELS,
         TaskKind.MULTI_LABEL: tuple(SEVERAL),
         TaskKind.TOKEN_CLASSIFICATION: ("O", "B-kind", "B-low"),
     }
@@ -229,6 +268,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "bert-several": ("bert", {"task": {"kind": "multi-label"}, "data": {"label": "several"}}),
     "bert-number": ("bert", {"task": {"kind": "regression", "range": [0, 10]}, "data": {"label": "number"}}),
     "bert-tags": ("bert", {"task": {"kind": "token-classification"}, "data": {"label": "tags"}}),
+    "vit-images": ("vit", {"task": {"kind": "image-classification"}}),
     "bert-answers": ("bert", {"task": {"kind": "question-answering"}, "data": {"prompt": "prompt"}}),
     "t5-writes": (
         "t5",
@@ -248,7 +288,9 @@ def world(
     llama_folder: Path,
     t5_folder: Path,
     mbart_folder: Path,
+    vit_folder: Path,
     data_file: Path,
+    image_file: Path,
 ) -> Callable[..., World]:
     """`world(kind, method)`: see KINDS; built once for each."""
     folders = {
@@ -257,14 +299,16 @@ def world(
         "llama": llama_folder,
         "t5": t5_folder,
         "mbart": mbart_folder,
+        "vit": vit_folder,
     }
 
     @cache
     def build(kind: str, method: str = "ffa") -> World:
         folder, sections = KINDS[kind]
-        config = tiny_config(folders[folder], data_file, **sections, adapter={"rank": 2, "method": method})
+        records = image_file if folder == "vit" else data_file
+        config = tiny_config(folders[folder], records, **sections, adapter={"rank": 2, "method": method})
         model = tiny_model(config)
-        table = read_table(data_file, columns_of(config.data, config.task.kind))
+        table = read_table(records, columns_of(config.data, config.task.kind))
         return World(config, model, model.task.encode(table, model.tokenizer, config.model.max_length))
 
     return build

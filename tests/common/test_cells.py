@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
 
+from common.cells import IMAGES
 from common.config import DataSection, TaskKind
 from common.datasets import read_table
 from common.errors import DataError
+from common.images import open_image
 from common.tables import Columns, Table, clean
 from common.targets import check_records, columns_of, found_labels, label_sets, numbers, tag_ids
+from common.tasks import make_task
 
 TAGS = Columns("tokens", "tags", joint=" ")
 SEVERAL = Columns("text", "label", joint="|")
@@ -155,6 +163,45 @@ def test_numbers_are_scaled_and_checked() -> None:
     for bad in ("much", "nan"):
         with pytest.raises(DataError, match="row 9"):
             numbers(Table("t", ("a",), (bad,), None, None, (9,)), (0, 5))
+
+
+IMAGE = Columns("text", "label", joint=IMAGES)
+PIXELS = [[[0, 128, 255], [9, 9, 9]]]
+
+
+def test_the_forms_of_an_image(tmp_path: Path) -> None:
+    """A path beside the data file, bytes, and pixels: the same image."""
+    Image.fromarray(np.array(PIXELS, dtype=np.uint8)).save(tmp_path / "a.png")
+    path = lines(tmp_path, {"text": "a.png", "label": "x"}, {"text": PIXELS, "label": "x"})
+    rows = pa.table({"text": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}], "label": ["x"]})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    texts = read_table(path, IMAGE).text + read_table(tmp_path / "a.parquet", IMAGE).text
+    assert [np.asarray(open_image(text)).tolist() for text in texts] == [PIXELS] * 3
+    gray = read_table(lines(tmp_path, {"text": [[0, 255]], "label": "x"}), IMAGE)
+    assert np.asarray(open_image(gray.text[0])).tolist() == [[[0] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("b.png", "no such image"),
+        ([[1, 2], [3]], "equal length"),
+        ([[1, 256]], "0 to 255"),
+        ([1, 2], "shape"),
+        (None, "expected the path of an image"),
+    ],
+)
+def test_what_is_no_image_is_refused(tmp_path: Path, image: object, said: str) -> None:
+    path = lines(tmp_path, {"text": PIXELS, "label": "x"}, {"text": image, "label": "x"})
+    refused = refusal(path, IMAGE)
+    assert "row 2, column 'text'" in refused and said in refused
+
+
+def test_a_damaged_image_names_its_row(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    table = read_table(lines(tmp_path, {"text": "a.png", "label": "x"}), IMAGE)
+    with pytest.raises(DataError, match=r"row 1, text column: an image that cannot be read"):
+        make_task(TaskKind.IMAGE_CLASSIFICATION, ["x", "y"]).encode(table, ViTImageProcessor(), 8)
 
 
 @pytest.mark.parametrize("kind", TaskKind)

@@ -140,3 +140,9 @@ def test_rows_of_a_table_as_text(tmp_path: Path, bert_folder: Path, data_file: P
     }
     summary = simulate(tmp_path, bert_folder, rows, sections)
     assert summary["accuracy_final"] > summary["majority_class"] + 0.2
+
+
+def test_images(tmp_path: Path, vit_folder: Path, image_file: Path) -> None:
+    summary = simulate(tmp_path, vit_folder, image_file, {"task": {"kind": "image-classification"}})
+    assert summary["metric"] == "accuracy"
+    assert summary["accuracy_final"] > summary["majority_class"] + 0.2
