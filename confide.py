@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import ConfideError
-from simulations import cli, doctor
+from simulations import cli, doctor, use_cli
 
 app = typer.Typer(
     name="confide",
@@ -27,6 +27,8 @@ app = typer.Typer(
 
 app.command()(cli.simulate)
 app.command()(cli.report)
+app.command()(use_cli.predict)
+app.command()(use_cli.ask)
 app.command()(doctor.doctor)
 
 

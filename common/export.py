@@ -72,6 +72,7 @@ def export_adapter(
             "task": config.task.kind.value,
             "labels": list(model.task.labels),
             "range": config.task.range,
+            "pairs": config.data.prompt is not None and not config.task.kind.writes,
             "model": config.model.name,
             "gguf_file": config.model.gguf_file,
             "head": config.model.head.value,

@@ -29,6 +29,11 @@ class TaskKind(Enum):
     IMAGE_CLASSIFICATION = "image-classification"  # one label an image
 
     @property
+    def writes(self) -> bool:
+        """The answer is written, token by token."""
+        return self in (TaskKind.CAUSAL_LM, TaskKind.SEQ2SEQ)
+
+    @property
     def needs(self) -> Needs:
         match self:
             case TaskKind.SEQUENCE_CLASSIFICATION | TaskKind.MULTI_LABEL:
