@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from client import cli as client_cli
 from common.errors import ConfideError
+from server import cli as server_cli
 from simulations import cli, doctor, use_cli
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ app.command()(cli.report)
 app.command()(use_cli.predict)
 app.command()(use_cli.ask)
 app.command()(doctor.doctor)
+app.add_typer(client_cli.app, name="client")
+app.add_typer(server_cli.app, name="server")
 
 
 @app.callback()

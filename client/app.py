@@ -11,13 +11,17 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client import exchanges
 from client.budget import Charge
+from client.metrics import measure
 from client.site import Site
 from client.training import check_shard, train
 from common import wire
 from common.adapter import Layout, check_vector
+from common.aggregation import context_of, policy_of
 from common.errors import ConfideError, ConfigError, ProtocolError, status_of
 from common.noise import NoiseStream
+from common.secagg.errors import Exchange
 
 
 def make_app(open_site: Callable[[Context], Site]) -> ClientApp:
@@ -32,6 +36,11 @@ def make_app(open_site: Callable[[Context], Site]) -> ClientApp:
     def on_train(message: Message, context: Context) -> Message:
         return _answer(message, context, open_site, _train)
 
+    def on_exchange(message: Message, context: Context) -> Message:
+        return _answer(message, context, open_site, exchanges.answer)
+
+    for exchange in Exchange:
+        app.query(exchange.name.lower())(on_exchange)
     return app
 
 
@@ -45,7 +54,8 @@ def _answer(
     site: Site | None = None
     try:
         site = open_site(context)
-        return Message(wire.encode(handle(site, wire.decode(message.content))), reply_to=message)
+        request = wire.decode(message.content, exchanges.longest_request(site))
+        return Message(wire.encode(handle(site, request)), reply_to=message)
     except Exception as error:
         text = str(error) if isinstance(error, ConfideError) else traceback.format_exc()
         with contextlib.suppress(Exception):  # a log that cannot be written must not speak either
@@ -59,11 +69,13 @@ def _answer(
 
 
 def _train(site: Site, request: wire.Message) -> wire.Message:
-    """Check, charge, train, answer: in this order."""
+    """Check, charge, train, keep, say "ready": in this order."""
     if not isinstance(request, wire.TrainRequest):
         raise ProtocolError(f"expected a train request, found {type(request).__name__}")
     # 1. The server may name a round of the plan that this site holds, and nothing else. Refusals come before
     #    the charge, so that they cost nothing.
+    if request.run_id != site.run_id:
+        raise ProtocolError("the server asks in the name of another run than the one this site has joined")
     if request.plan_digest != site.plan_digest:
         raise ConfigError("the server follows another plan than this site: compare the two configurations")
     if request.layout_digest != site.model.layout.digest:
@@ -71,15 +83,19 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     plan = site.plan.round(request.round)
     check_vector(site.model.layout, request.vector)
     check_shard(site.shard, plan)
-    # 2. Charge before anything is computed. The context pins all that the output depends on.
+    session = context_of(request.vector, site.plan_digest, request.layout_digest, request.round)
+    # 2. An update that waits for this very question and was never uploaded is the answer to it: nothing is
+    #    computed, so nothing is charged.
+    if site.pinned is not None and exchanges.waits(site, request.round, session):
+        return wire.Ready(site.site_id, request.round)
+    # 3. Charge before anything is computed. The context pins all that the output depends on.
     context = hashlib.sha256(
         b"".join(
             len(part).to_bytes(4, "little") + part
             for part in (
-                b"confide/context/v1",
+                b"confide/context/v2",
                 request.run_id.encode(),
                 request.round.to_bytes(4, "little"),
-                request.attempt.to_bytes(4, "little"),
                 site.plan_digest.encode(),
                 site.setting,
                 site.shard.digest,
@@ -87,13 +103,19 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
             )
         )
     ).digest()
-    if plan.event is not None:
-        charge = Charge(request.round, request.attempt, context.hex(), plan.event)
+    if plan.events:
+        charge = Charge(request.round, context.hex(), plan.events)
         site.budget.reserve(charge, repeatable=site.repeatable_noise)
-    # 3. Train.
+    # 4. Train, and measure where the federation has metrics on.
     noise = NoiseStream(site.noise_key(context))
     vector = train(site.model, site.shard, plan, request.vector, noise, site.features)
-    # 4. The weight is one for every site: gradients are already normalised by one public batch size, so a
-    #    site with more records weighs more without telling how many it has.
-    digest = Layout.of(site.model.active(plan.part)).digest
-    return wire.Update(site.site_id, request.round, request.attempt, digest, 1.0, vector)
+    if site.pinned is None:
+        digest = Layout.of(site.model.active(plan.part)).digest
+        return wire.PlainUpdate(site.site_id, request.round, digest, vector)
+    counts = measure(site.model, site.config, plan, site.shard, request.vector, noise, site.features)
+    # 5. The update waits here until it is masked. Its weight is one for every site: gradients are already
+    #    normalised by one public batch size, so a site with more records weighs more without telling.
+    policy = policy_of(site.config, site.model, plan)
+    encoded = policy.codec.encode(vector, 1, noise.random_bytes, counts)
+    exchanges.keep(site, request.round, session, encoded)
+    return wire.Ready(site.site_id, request.round)

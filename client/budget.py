@@ -17,9 +17,8 @@ class Charge:
     """One reservation. `context` is the hash of everything that the computed output depends on."""
 
     round: int
-    attempt: int
     context: str
-    event: SampledGaussianEvent
+    events: tuple[SampledGaussianEvent, ...]
 
 
 class Budget:
@@ -40,7 +39,7 @@ class Budget:
 
     @property
     def events(self) -> list[SampledGaussianEvent]:
-        return [charge.event for charge in self._charges]
+        return [event for charge in self._charges for event in charge.events]
 
     @property
     def epsilon_rdp(self) -> float:
@@ -61,12 +60,11 @@ class Budget:
         """
         if repeatable and charge in self._charges:
             return
-        check_spend(self.events, charge.event, target_epsilon=self._target_epsilon, delta=self._delta)
+        check_spend(self.events, charge.events, target_epsilon=self._target_epsilon, delta=self._delta)
         line = {
             "round": charge.round,
-            "attempt": charge.attempt,
             "context": charge.context,
-            "event": charge.event.to_json(),
+            "events": [event.to_json() for event in charge.events],
         }
         _append(self._path, json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._charges.append(charge)
@@ -103,8 +101,8 @@ def _read(path: Path) -> list[Charge]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             fields = json.loads(line)
-            event = SampledGaussianEvent.from_json(fields.pop("event"))
-            charges.append(Charge(event=event, **fields))
+            events = tuple(SampledGaussianEvent.from_json(event) for event in fields.pop("events"))
+            charges.append(Charge(events=events, **fields))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PrivacyError(
                 f"{path}, line {number}, is not a charge ({type(error).__name__}): the spend of this site is "

@@ -1,4 +1,4 @@
-"""A site as its client sees it: its data, its plan, its budget, and where its noise comes from."""
+"""A site as its client sees it: its data, its plan, its budget, its keys, and where its noise comes from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.budget import Budget
+from client.identity import SiteFolder
+from client.store import FileStore
 from client.training import Shard
+from common.config import RunConfig
+from common.errors import PrivacyError
 from common.features import FeatureCache
 from common.models import AdaptedModel
 from common.plan import Plan
+from common.secagg.keys import IdentityKey, RandomBytes, Secret
+from common.secagg.policy import Roster
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What a site has pinned for secure aggregation, and where its state of one run lies."""
+
+    identity: IdentityKey
+    roster: Roster
+    store: FileStore
+    local_key: Secret  # seals what waits in the site's folder
+    random_bytes: RandomBytes  # of keys, masks and shares: os.urandom
 
 
 @dataclass(frozen=True)
@@ -20,12 +37,15 @@ class Site:
 
     `noise_key(context)` gives the 32-byte key of a round's noise: fresh from the operating system at a
     deployed site, derived from the run's secret and `context` in a simulation (`repeatable_noise`).
+    `pinned` is `None` in a study without secure aggregation, and only there.
     """
 
     site_id: int  # >= 1
+    run_id: str  # the run that this site has joined
     folder: Path
     shard: Shard
     model: AdaptedModel
+    config: RunConfig
     plan: Plan
     plan_digest: str
     setting: bytes  # hash of the configuration and of the base model's weights
@@ -33,6 +53,19 @@ class Site:
     noise_key: Callable[[bytes], bytes]
     repeatable_noise: bool
     features: FeatureCache
+    pinned: Pinned | None
+
+    def __post_init__(self) -> None:
+        if (self.pinned is None) != self.config.study.plain_updates:
+            raise PrivacyError(
+                "a site sends plain updates only in a study that says so (--insecure-plain-updates); "
+                "otherwise it needs its identity and the roster"
+            )
+
+    @property
+    def waiting(self) -> Path:
+        """Where the update of the last training waits for its upload, sealed."""
+        return SiteFolder(self.folder).waiting
 
     def log(self, text: str) -> None:
         """A plain sentence for the site's own people: it stays in the site's folder."""

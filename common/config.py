@@ -149,6 +149,9 @@ class SitesSection(_Section):
     holdout: Annotated[float, Field(strict=True, ge=0, lt=1)] = (
         0.0  # of each site, never trained on; simulation only
     )
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = (
+        0.0  # chance that a site drops out, in each of the five exchanges; simulation only
+    )
 
 
 class PrivacySection(_Section):
@@ -202,8 +205,40 @@ class ServerSection(_Section):
     beta2: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3  # adaptivity, Reddi et al. 2021
     fraction: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # of the live sites, asked in a round
-    min_sites: Count = 2  # fewer replies: the round does not count
-    deadline_seconds: Positive = 3600.0  # of one exchange
+    deadline_seconds: Positive = 3600.0  # of training, for a site
+    give_up_after: Annotated[int, Field(strict=True, ge=0)] = (
+        3  # rounds on end without a sum, then the run stops; 0: never
+    )
+
+
+class RingBits(Enum):
+    """Bits of a word of a masked vector. 16 halve the upload and round a thousand times more coarsely."""
+
+    B32 = 32
+    B16 = 16
+
+
+class AggregationSection(_Section):
+    """Secure aggregation: the server learns sums over at least min_cohort sites, and nothing smaller."""
+
+    min_cohort: Count | None = None  # fewest sites in a sum; none: 3 (2 with plain updates)
+    c_max: Annotated[int, Field(strict=True, ge=0)] | None = (
+        None  # sites that may collude with the server; none: (min_cohort - 1) // 3, which is the most
+    )
+    ring_bits: RingBits = RingBits.B32
+    clip: Positive | None = None  # of each number of an update; none: what clipping, steps and noise allow
+    deadline_seconds: Positive = 300.0  # of each of the five exchanges
+    attempts: Count = 3  # in a round, as long as no masked vector was sent
+
+
+class MetricsSection(_Section):
+    """Metrics on sites' own records, summed under the same masks, noised, and charged like training."""
+
+    enabled: StrictBool = False
+    noise_multiplier: Positive = 16.0  # of the sums; a record's contribution has norm 1
+    sample_rate: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # of Poisson sampling
+    loss_clip: Positive = 4.0  # of one record's loss
+    by_label: StrictBool = False  # also for each label apart; classification
 
 
 class EvaluationSection(_Section):
@@ -222,6 +257,7 @@ class StudySection(_Section):
     noise_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = (
         None  # repeatable noise: not private, stamps the report
     )
+    plain_updates: StrictBool = False  # no secure aggregation: the server sees each update
 
 
 class RunConfig(_Section):
@@ -237,6 +273,8 @@ class RunConfig(_Section):
     warmup: WarmupSection = WarmupSection()
     training: TrainingSection = TrainingSection()
     server: ServerSection = ServerSection()
+    aggregation: AggregationSection = AggregationSection()
+    metrics: MetricsSection = MetricsSection()
     evaluation: EvaluationSection = EvaluationSection()
     study: StudySection = StudySection()
 
@@ -267,10 +305,8 @@ class RunConfig(_Section):
                     "warmup.target_epsilon: must be less than privacy.target_epsilon = "
                     f"{self.privacy.target_epsilon}, found {self.warmup.target_epsilon}"
                 )
-        if self.server.min_sites > self.sites.count:
-            raise ValueError(
-                f"server.min_sites: at most sites.count = {self.sites.count}, found {self.server.min_sites}"
-            )
+        if self.metrics.by_label and self.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
+            raise ValueError("metrics.by_label: only sequence-classification has labels")
         return self
 
     def to_toml(self) -> str:
@@ -311,10 +347,12 @@ def refuse_study(config: RunConfig) -> None:
     Raises:
         ConfigError: the configuration sets one.
     """
-    if config.privacy.insecure_disabled or config.study.noise_seed is not None:
+    study = config.study
+    if config.privacy.insecure_disabled or study.noise_seed is not None or study.plain_updates:
         raise ConfigError(
-            "privacy.insecure_disabled and study.noise_seed cannot be set in a file or by --set: give "
-            "--insecure-no-privacy or --study-noise-seed on the command line"
+            "privacy.insecure_disabled, study.noise_seed and study.plain_updates cannot be set in a file or "
+            "by --set: give --insecure-no-privacy, --study-noise-seed or --insecure-plain-updates on the "
+            "command line"
         )
 
 

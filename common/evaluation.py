@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +39,46 @@ class MetricSums:
 
 
 @torch.no_grad()
+def _answered(
+    model: AdaptedModel,
+    vector: Vector,
+    examples: Examples,
+    indices: IntArray,
+    features: FeatureCache | None,
+    micro_batch: int,
+) -> Iterator[tuple[IntArray, torch.Tensor, Batch]]:
+    """(records, the model's outputs, their batch), micro-batch by micro-batch, in evaluation mode.
+
+    `features` saves the encoder's work while rounds train the head only.
+    """
+    write_vector(model.parameters, model.layout, vector)
+    for part in by_length(examples, indices, micro_batch):
+        if features is not None and model.head is not None:
+            cached = features.of(model, examples, part)[part]
+            yield (
+                part,
+                model.head(cached.to(model.device)),
+                Batch({}, examples.targets(part).to(model.device)),
+            )
+        else:
+            batch = collate(examples, part, model.pad_id, model.device)
+            yield part, model.logits(batch.inputs), batch
+
+
+def record_scores(
+    model: AdaptedModel,
+    vector: Vector,
+    examples: Examples,
+    indices: IntArray,
+    features: FeatureCache | None = None,
+    micro_batch: int = 64,
+) -> Iterator[tuple[IntArray, torch.Tensor, torch.Tensor]]:
+    """(records, their losses, how right each is), micro-batch by micro-batch, as for `evaluate`."""
+    for part, logits, batch in _answered(model, vector, examples, indices, features, micro_batch):
+        losses, correct = model.task.record_losses(logits, batch), model.task.correct(logits, batch)
+        yield part, losses.double(), correct.double()
+
+
 def evaluate(
     model: AdaptedModel,
     vector: Vector,
@@ -51,17 +91,9 @@ def evaluate(
 
     `features` saves the encoder's work while rounds train the head only.
     """
-    write_vector(model.parameters, model.layout, vector)
     loss = correct = 0.0
     sums: np.ndarray | None = None
-    for part in by_length(examples, indices, micro_batch):
-        if features is not None and model.head is not None:
-            cached = features.of(model, examples, part)[part]
-            logits = model.head(cached.to(model.device))
-            batch = Batch({}, examples.targets(part).to(model.device))
-        else:
-            batch = collate(examples, part, model.pad_id, model.device)
-            logits = model.logits(batch.inputs)
+    for _, logits, batch in _answered(model, vector, examples, indices, features, micro_batch):
         loss += float(model.task.record_losses(logits, batch).double().sum())
         correct += float(model.task.correct(logits, batch).double().sum())
         own = model.task.record_sums(logits, batch, model.tokenizer).double().sum(dim=0).cpu().numpy()

@@ -96,7 +96,11 @@ def model_card(model: AdaptedModel, config: RunConfig, claim: PrivacyClaim) -> s
     """Markdown: what was trained on what, which privacy is claimed, and how to load it."""
     privacy, adapter = config.privacy, config.adapter
     source = config.data.sample or (config.data.train.name if config.data.train else "")
-    aggregation = "secure" if claim.secure_aggregation else "in the clear: the server saw each site's update"
+    aggregation = (
+        f"secure: the server learnt sums over at least {config.aggregation.min_cohort} sites"
+        if claim.secure_aggregation
+        else "in the clear (--insecure-plain-updates): the server saw each site's update"
+    )
     mechanism = (
         f"DP-SGD: noise multiplier {privacy.noise_multiplier}, sample rate {privacy.sample_rate}, "
         f"max grad norm {privacy.max_grad_norm}"

@@ -42,6 +42,10 @@ class NoiseStream:
         """`(count,)` float64 in [0, 1), 53 random bits each."""
         return (self._words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
+    def random_bytes(self, count: int) -> bytes:
+        """`count` bytes, as `os.urandom` gives them: for rounding an update."""
+        return self._stream.update(bytes(count))
+
     def seed(self) -> int:
         """63 bits for a generator that is not cryptographic."""
         return int(self._words(1)[0] >> np.uint64(1))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from common.config import AdapterMethod, LocalOptimizer, RunConfig
+from common.config import AdapterMethod, AggregationSection, LocalOptimizer, RunConfig
 from common.errors import ConfigError, PrivacyError
 from common.models import Part
 from common.privacy import (
@@ -21,18 +21,21 @@ from common.privacy import (
     epsilon_pld,
     epsilon_rdp,
 )
+from common.secagg.policy import SMALLEST_COHORT
 
 
 @dataclass(frozen=True)
 class RoundPlan:
     """One site's part in one round.
 
-    `event` is what the round costs, `None` where a study has turned privacy off. `batch_size` normalises
-    the summed gradients: a public constant, never the size of the batch that was drawn.
+    `event` is what training costs, `None` where a study has turned privacy off; `metrics` what the metrics
+    of the site's own records cost, `None` where none are asked for. `batch_size` normalises the summed
+    gradients: a public constant, never the size of the batch that was drawn.
     """
 
     part: Part
     event: SampledGaussianEvent | None
+    metrics: SampledGaussianEvent | None
     steps: int
     sample_rate: float
     batch_size: int
@@ -41,6 +44,11 @@ class RoundPlan:
     optimizer: LocalOptimizer
     fedprox_mu: float
     micro_batch: int
+
+    @property
+    def events(self) -> tuple[SampledGaussianEvent, ...]:
+        """All that the round costs a site."""
+        return tuple(e for e in (self.event, self.metrics) if e is not None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Plan:
     @cached_property
     def events(self) -> tuple[SampledGaussianEvent, ...]:
         """The events of a site that is asked in every round."""
-        return tuple(r.event for r in self.rounds if r.event is not None)
+        return tuple(event for r in self.rounds for event in r.events)
 
     @property
     def epsilon_rdp(self) -> float | None:
@@ -109,6 +117,7 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
                 f"to at least {1 / nominal:.2g}"
             )
     noise, warmup_noise = privacy.noise_multiplier, warmup.noise_multiplier
+    metrics = _metrics_event(config, nominal)
     if not privacy.insecure_disabled:
         if warmup.rounds and warmup_noise is None:
             warmup_noise = calibrate_noise_multiplier(
@@ -118,15 +127,10 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
                 steps=warmup.rounds * warmup.local_steps,
             )
         if noise is None:
-            before = (
-                [
-                    SampledGaussianEvent(
-                        warmup.sample_rate, warmup_noise, warmup.rounds * warmup.local_steps, 1, 1
-                    )
-                ]
-                if warmup_noise and warmup.rounds
-                else []
-            )
+            before = [metrics] * (warmup.rounds + config.run.rounds) if metrics is not None else []
+            if warmup_noise and warmup.rounds:
+                steps = warmup.rounds * warmup.local_steps
+                before.append(SampledGaussianEvent(warmup.sample_rate, warmup_noise, steps, 1, 1))
             noise = calibrate_noise_multiplier(
                 target_epsilon=privacy.target_epsilon,
                 delta=delta,
@@ -147,6 +151,7 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
                 }
             ),
             "warmup": warmup.model_copy(update={"noise_multiplier": warmup_noise}),
+            "aggregation": _aggregation(config),
         }
     )
     plan = make_plan(resolved)
@@ -161,6 +166,38 @@ def resolve(config: RunConfig, *, smallest_site: int, labels: Sequence[str], thr
             f"no finite ε by privacy loss distributions at delta = {delta:g}: raise privacy.delta"
         )
     return resolved
+
+
+def _aggregation(config: RunConfig) -> AggregationSection:
+    """Cohort sizes that hold: see common/secagg/policy.py for why."""
+    asked, count, plain = config.aggregation, config.sites.count, config.study.plain_updates
+    min_cohort = asked.min_cohort or (min(2, count) if plain else SMALLEST_COHORT)
+    c_max = (min_cohort - 1) // 3 if asked.c_max is None else asked.c_max
+    if not plain:
+        if count < SMALLEST_COHORT:
+            raise ConfigError(
+                f"secure aggregation needs at least {SMALLEST_COHORT} sites, found sites.count = {count}: of "
+                "a sum of two, each finds the other's update by subtracting its own. Use more sites, or, to "
+                "study only, --insecure-plain-updates"
+            )
+        least = max(SMALLEST_COHORT, 3 * c_max + 1)
+        if min_cohort < least:
+            raise ConfigError(
+                f"aggregation.min_cohort must be at least max(3, 3*c_max + 1) = {least}, found {min_cohort}: "
+                "the server picks the cohort, so a smaller one could be a victim and those who collude with it"
+            )
+    if min_cohort > count:
+        raise ConfigError(f"aggregation.min_cohort must be at most sites.count = {count}, found {min_cohort}")
+    return asked.model_copy(update={"min_cohort": min_cohort, "c_max": c_max})
+
+
+def _metrics_event(config: RunConfig, nominal: int) -> SampledGaussianEvent | None:
+    """What one round's metrics of a site's own records cost: one noisy sum of vectors of norm at most 1."""
+    metrics = config.metrics
+    if not metrics.enabled or config.privacy.insecure_disabled:
+        return None
+    batch = max(1, int(metrics.sample_rate * nominal))
+    return SampledGaussianEvent(metrics.sample_rate, metrics.noise_multiplier, 1, 1.0, batch)
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -189,6 +226,7 @@ def make_plan(config: RunConfig) -> Plan:
         return RoundPlan(
             part=part,
             event=event,
+            metrics=_metrics_event(config, nominal),
             steps=steps,
             sample_rate=rate,
             batch_size=batch,

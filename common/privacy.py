@@ -219,7 +219,7 @@ def calibrate_noise_multiplier(
 
 def check_spend(
     spent: Sequence[SampledGaussianEvent],
-    charge: SampledGaussianEvent,
+    charge: Sequence[SampledGaussianEvent],
     *,
     target_epsilon: float,
     delta: float,
@@ -229,7 +229,7 @@ def check_spend(
     Raises:
         BudgetError: when the charge would pass `target_epsilon`; nothing may be computed then.
     """
-    after = epsilon_rdp([*spent, charge], delta)
+    after = epsilon_rdp([*spent, *charge], delta)
     if after > target_epsilon:
         before = epsilon_rdp(spent, delta)
         raise BudgetError(

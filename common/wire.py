@@ -5,6 +5,7 @@ Decoding is strict: exact keys, types, lengths, dtypes; nothing is unpickled; si
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,13 +14,25 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.adapter import Vector
 from common.errors import ProtocolError, StatusCode
+from common.secagg.framing import Framed
+from common.secagg.messages import MESSAGES
 
-VERSION: Final = 1
-MAX_NUMBERS: Final = 1 << 28  # 1 GiB of float32
+VERSION: Final = 2
+MAX_BYTES: Final = 1 << 30  # of an array
 
 _FIELDS: Final = "confide"
-_VECTOR: Final = "vector"
-_RAW: Final = "confide.float32.le"  # plain bytes, so that nothing has to be parsed or unpickled
+_ARRAY: Final = "array"
+# Plain bytes, so that nothing has to be parsed or unpickled.
+_RAW: Final = "confide.float32.le"
+_BODY: Final = "confide.secagg"
+
+
+def _kind(message: type[Framed]) -> str:
+    """AdvertiseRequest → "advertise-request"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", message.__name__).lower()
+
+
+_SECAGG: Final[dict[str, type[Framed]]] = {_kind(kind): kind for kind in MESSAGES}
 
 
 @dataclass(frozen=True)
@@ -39,24 +52,26 @@ class TrainRequest:
 
     run_id: str
     round: int
-    attempt: int
     plan_digest: str
     layout_digest: str
     vector: Vector
 
 
 @dataclass(frozen=True)
-class Update:
-    """Site → server: what training changed, to be summed with others.
-
-    Until secure aggregation carries it, this is the vector in the clear.
-    """
+class Ready:
+    """Site → server: I have trained, and nothing else. The update waits at the site."""
 
     site: int
     round: int
-    attempt: int
+
+
+@dataclass(frozen=True)
+class PlainUpdate:
+    """Site → server, in a study without secure aggregation: what training changed, in the clear."""
+
+    site: int
+    round: int
     layout_digest: str
-    weight: float
     vector: Vector
 
 
@@ -68,7 +83,8 @@ class Refusal:
     code: StatusCode
 
 
-Message = Hello | TrainRequest | Update | Refusal
+Message = Hello | TrainRequest | Ready | PlainUpdate | Refusal | Framed
+"""`Framed`: one of the ten of secure aggregation, common/secagg/messages.py."""
 _Scalar = str | int | float
 
 
@@ -77,30 +93,29 @@ def encode(message: Message) -> RecordDict:
     match message:
         case Hello(site):
             return _pack("hello", {"site": site})
-        case TrainRequest(run_id, round_number, attempt, plan, layout, vector):
+        case TrainRequest(run_id, round_number, plan, layout, vector):
             fields: dict[str, _Scalar] = {
                 "run_id": run_id,
                 "round": round_number,
-                "attempt": attempt,
                 "plan_digest": plan,
                 "layout_digest": layout,
             }
-            return _pack("train", fields, vector)
-        case Update(site, round_number, attempt, layout, weight, vector):
-            fields = {
-                "site": site,
-                "round": round_number,
-                "attempt": attempt,
-                "layout_digest": layout,
-                "weight": weight,
-            }
-            return _pack("update", fields, vector)
+            return _pack("train", fields, _floats(vector))
+        case Ready(site, round_number):
+            return _pack("ready", {"site": site, "round": round_number})
+        case PlainUpdate(site, round_number, layout, vector):
+            fields = {"site": site, "round": round_number, "layout_digest": layout}
+            return _pack("plain-update", fields, _floats(vector))
         case Refusal(site, code):
             return _pack("refusal", {"site": site, "code": code.value})
+        case _:
+            data = message.encode()
+            body = Array(dtype="uint8", shape=(len(data),), stype=_BODY, data=data)
+            return _pack(_kind(type(message)), {}, body)
 
 
-def decode(content: RecordDict) -> Message:
-    """The message that `content` carries.
+def decode(content: RecordDict, longest: int = MAX_BYTES) -> Message:
+    """The message that `content` carries; a secure-aggregation message of at most `longest` bytes.
 
     Raises:
         ProtocolError: on anything that `encode` would not have written.
@@ -111,7 +126,7 @@ def decode(content: RecordDict) -> Message:
             f"a message must hold exactly one record {_FIELDS!r}, found {sorted(content)[:5]}"
         )
     reader = _Reader(dict(record))
-    kind = reader.text("kind", 16)
+    kind = reader.text("kind", 24)
     version = reader.whole("version", 1, 1 << 16)
     if version != VERSION:
         raise ProtocolError(f"expected message version {VERSION}, found {version}: update the older side")
@@ -119,33 +134,35 @@ def decode(content: RecordDict) -> Message:
     match kind:
         case "hello":
             message = Hello(reader.whole("site", 0, 1 << 32))
-            _no_vector(content)
+            _no_array(content)
+        case "ready":
+            message = Ready(reader.whole("site", 1, 1 << 32), reader.whole("round", 1, 1 << 32))
+            _no_array(content)
         case "refusal":
             site, code = reader.whole("site", 0, 1 << 32), reader.text("code", 32)
             if code not in {c.value for c in StatusCode}:
                 raise ProtocolError("unknown status code in a refusal")
             message = Refusal(site, StatusCode(code))
-            _no_vector(content)
+            _no_array(content)
         case "train":
             message = TrainRequest(
                 reader.text("run_id", 64),
                 reader.whole("round", 1, 1 << 32),
-                reader.whole("attempt", 1, 1 << 32),
                 reader.text("plan_digest", 64),
                 reader.text("layout_digest", 64),
                 _vector(content),
             )
-        case "update":
-            message = Update(
+        case "plain-update":
+            message = PlainUpdate(
                 reader.whole("site", 1, 1 << 32),
                 reader.whole("round", 1, 1 << 32),
-                reader.whole("attempt", 1, 1 << 32),
                 reader.text("layout_digest", 64),
-                reader.number("weight"),
                 _vector(content),
             )
+        case _ if kind in _SECAGG:
+            message = _SECAGG[kind].decode(_body(content, longest))
         case _:
-            raise ProtocolError(f"unknown message kind {kind[:16]!r}")
+            raise ProtocolError(f"unknown message kind {kind!r}")
     reader.finish()
     return message
 
@@ -156,31 +173,45 @@ def payload_bytes(content: RecordDict) -> int:
     return arrays + sum(record.count_bytes() for record in content.config_records.values())
 
 
-def _pack(kind: str, fields: dict[str, _Scalar], vector: Vector | None = None) -> RecordDict:
+def _pack(kind: str, fields: dict[str, _Scalar], array: Array | None = None) -> RecordDict:
     content = RecordDict({_FIELDS: ConfigRecord({"kind": kind, "version": VERSION, **fields})})
-    if vector is not None:
-        data = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-        array = Array(dtype="float32", shape=(vector.size,), stype=_RAW, data=data)
-        content[_VECTOR] = ArrayRecord({_VECTOR: array})
+    if array is not None:
+        content[_ARRAY] = ArrayRecord({_ARRAY: array})
     return content
 
 
-def _no_vector(content: RecordDict) -> None:
+def _floats(vector: Vector) -> Array:
+    data = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+    return Array(dtype="float32", shape=(vector.size,), stype=_RAW, data=data)
+
+
+def _no_array(content: RecordDict) -> None:
     if len(content.array_records):
-        raise ProtocolError("this kind of message carries no vector")
+        raise ProtocolError("this kind of message carries no array")
+
+
+def _array(content: RecordDict, dtype: str, stype: str, width: int) -> bytes:
+    record = content.array_records.get(_ARRAY)
+    if record is None or len(content.array_records) != 1 or list(record) != [_ARRAY]:
+        raise ProtocolError("this kind of message carries exactly one array")
+    array = record[_ARRAY]
+    if array.stype != stype or array.dtype != dtype or len(array.shape) != 1:
+        raise ProtocolError(f"the array must be one-dimensional {dtype} in raw bytes")
+    size = array.shape[0]
+    if size < 1 or size * width > MAX_BYTES or len(array.data) != size * width:
+        raise ProtocolError(f"an array of {size} needs {size * width} bytes, found {len(array.data)}")
+    return array.data
 
 
 def _vector(content: RecordDict) -> Vector:
-    record = content.array_records.get(_VECTOR)
-    if record is None or len(content.array_records) != 1 or list(record) != [_VECTOR]:
-        raise ProtocolError("this kind of message carries exactly one vector")
-    array = record[_VECTOR]
-    if array.stype != _RAW or array.dtype != "float32" or len(array.shape) != 1:
-        raise ProtocolError("a vector must be one-dimensional float32 in raw bytes")
-    size = array.shape[0]
-    if not 0 < size <= MAX_NUMBERS or len(array.data) != 4 * size:
-        raise ProtocolError(f"a vector of {size} numbers must have {4 * size} bytes, found {len(array.data)}")
-    return np.frombuffer(array.data, dtype="<f4").astype(np.float32)
+    return np.frombuffer(_array(content, "float32", _RAW, 4), dtype="<f4").astype(np.float32)
+
+
+def _body(content: RecordDict, longest: int) -> bytes:
+    data = _array(content, "uint8", _BODY, 1)
+    if len(data) > longest:
+        raise ProtocolError(f"a message of {len(data)} bytes, where at most {longest} are allowed")
+    return data
 
 
 class _Reader:
@@ -204,12 +235,6 @@ class _Reader:
         value = self._take(name)
         if type(value) is not int or not low <= value < high:
             raise ProtocolError(f"field {name!r} must be a whole number from {low} below {high}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self._take(name)
-        if type(value) is not float or not np.isfinite(value) or value <= 0:
-            raise ProtocolError(f"field {name!r} must be a finite number > 0")
         return value
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""From sites' updates to the next global adapter: a weighted mean, then a server optimizer."""
+"""From the mean of the sites' updates to the next global adapter."""
 
 from __future__ import annotations
 
@@ -15,32 +15,26 @@ Floats = NDArray[np.float64]
 
 
 class PlainSum:
-    """One accumulator, whatever the number of sites: updates are added as they arrive.
-
-    In the clear: the server sees each update. Secure aggregation takes this place with the same three
-    members.
-    """
-
-    secure = False
+    """Updates in the clear, for study: one accumulator, whatever the number of sites."""
 
     def __init__(self, size: int) -> None:
         self._sum = np.zeros(size, dtype=np.float64)
-        self._weight = 0.0
+        self._sites = 0
 
-    def add(self, vector: Vector, weight: float) -> None:
-        """Add `vector`, `(size,)` float32, `weight` times."""
+    def add(self, vector: Vector) -> None:
+        """Add `vector`, `(size,)` float32."""
         if vector.shape != self._sum.shape:
             raise ProtocolError(f"an update must have {self._sum.size} numbers, found {vector.size}")
         if not np.isfinite(vector).all():
             raise ProtocolError("an update must be finite")
-        self._sum += vector.astype(np.float64) * weight
-        self._weight += weight
+        self._sum += vector.astype(np.float64)
+        self._sites += 1
 
     def mean(self) -> Floats:
-        """`(size,)` float64: the weighted mean of what was added."""
-        if self._weight <= 0:
+        """`(size,)` float64: the mean of what was added."""
+        if not self._sites:
             raise RoundError("no update arrived in this round")
-        return self._sum / self._weight
+        return self._sum / self._sites
 
 
 @dataclass(frozen=True)

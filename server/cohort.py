@@ -11,11 +11,13 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common import wire
-from common.config import ServerSection
+from common.aggregation import cohort_size
+from common.config import RunConfig
 from common.errors import ConfideError, ProtocolError, RoundError
 
 # Flower hands over replies in bulk where it polls; between polls the server rests this long.
 _POLL_SECONDS = 0.05
+MALFORMED = "malformed"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Failure:
 
     site: int
     reason: str
+    bytes_down: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Reply:
     site: int
     message: wire.Message
     bytes_up: int
+    bytes_down: int
 
 
 def roll_call(grid: Grid, deadline: float, clock: Callable[[], float] = time.monotonic) -> dict[int, int]:
@@ -49,24 +53,24 @@ def roll_call(grid: Grid, deadline: float, clock: Callable[[], float] = time.mon
     return dict(sorted(found.items()))
 
 
-def sample(sites: Sequence[int], config: ServerSection, seed: int, round_number: int) -> list[int]:
-    """`fraction` of the sites, at least `min_sites`, drawn anew each round from the public seed.
+def sample(sites: Sequence[int], config: RunConfig, round_number: int) -> list[int]:
+    """`server.fraction` of the sites, at least `min_cohort`, drawn anew each round from the public seed.
 
     The draw depends on seed and round only, so a resumed run asks the same sites. It is no secret, and
     privacy is not amplified by it.
 
     Raises:
-        RoundError: fewer live sites than `min_sites`.
+        RoundError: fewer live sites than `min_cohort`.
     """
-    if len(sites) < config.min_sites:
+    least = config.aggregation.min_cohort or 1
+    if len(sites) < least:
         raise RoundError(
-            f"only {len(sites)} sites are live, fewer than server.min_sites = {config.min_sites}: wait for "
-            "more, or lower it"
+            f"only {len(sites)} sites are live, fewer than aggregation.min_cohort = {least}: wait for more"
         )
-    count = max(config.min_sites, round(config.fraction * len(sites)))
-    if count >= len(sites):
+    count = cohort_size(config, len(sites))
+    if count == len(sites):
         return sorted(sites)
-    rng = np.random.default_rng([seed, round_number, 0xC0407])
+    rng = np.random.default_rng([config.run.seed, round_number, 0xC0407])
     return sorted(int(s) for s in rng.choice(np.asarray(sorted(sites)), size=count, replace=False))
 
 
@@ -78,51 +82,55 @@ def exchange(
     deadline: float,
     sites: Sequence[int],
     clock: Callable[[], float] = time.monotonic,
+    longest: int = wire.MAX_BYTES,
 ) -> Iterator[Reply | Failure]:
     """Ask each node of `requests` (node id → message) and yield what comes back, as it comes.
 
     `sites[i]` is the site behind the i-th node. After `deadline` seconds, nodes that did not answer are
     yielded as failures. Replies are matched by the id of the message that they answer: an error's sender is
-    not the node that failed.
+    not the node that failed. A secure-aggregation reply may have `longest` bytes.
     """
-    records: dict[int, RecordDict] = {}  # one encoding for all nodes that are sent the same message
-    messages = []
-    for node, request in requests.items():
+    # One encoding for all nodes that are sent the same message.
+    records: dict[int, tuple[RecordDict, int]] = {}
+    messages, down = [], {}
+    for (node, request), site in zip(requests.items(), sites, strict=True):
         if id(request) not in records:
-            records[id(request)] = wire.encode(request)
-        content = records[id(request)]
+            encoded = wire.encode(request)
+            records[id(request)] = encoded, wire.payload_bytes(encoded)
+        content, down[site] = records[id(request)]
         messages.append(Message(content, node, message_type, ttl=deadline, group_id=group))
     pushed: list[str] = list(grid.push_messages(messages))
     pushed += [""] * (len(messages) - len(pushed))  # Flower leaves out, or names "", what it could not send
     waiting = {s: site for s, site in zip(pushed, sites, strict=True) if s}
     for sent, site in zip(pushed, sites, strict=True):
         if not sent:
-            yield Failure(site, "not-sent")
+            yield Failure(site, "not-sent", 0)
     end = clock() + deadline
     while waiting:
         arrived = list(grid.pull_messages(list(waiting)))
         for message in arrived:
             answered = message.metadata.reply_to_message_id
             if answered in waiting:
-                yield _read(waiting.pop(answered), message)
+                site = waiting.pop(answered)
+                yield _read(site, message, down[site], longest)
         if not waiting or arrived:
             continue  # while replies keep coming, the deadline waits: inline, sites answer one by one
         if clock() >= end:
             break
         time.sleep(_POLL_SECONDS)
     for site in waiting.values():
-        yield Failure(site, "deadline")
+        yield Failure(site, "deadline", down[site])
 
 
-def _read(site: int, message: Message) -> Reply | Failure:
+def _read(site: int, message: Message, down: int, longest: int) -> Reply | Failure:
     if message.has_error():
-        return Failure(site, f"transport-{message.error.code}")
+        return Failure(site, f"transport-{message.error.code}", down)
     try:
-        decoded = wire.decode(message.content)
+        decoded = wire.decode(message.content, longest)
     except ProtocolError:
-        return Failure(site, "malformed")
+        return Failure(site, MALFORMED, down)
     except ConfideError as error:
-        return Failure(site, type(error).__name__)
+        return Failure(site, type(error).__name__, down)
     if isinstance(decoded, wire.Refusal):
-        return Failure(site, decoded.code.value)
-    return Reply(site, decoded, wire.payload_bytes(message.content))
+        return Failure(site, decoded.code.value, down)
+    return Reply(site, decoded, wire.payload_bytes(message.content), down)

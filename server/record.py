@@ -20,37 +20,76 @@ from common.files import write_atomically
 
 @dataclass(frozen=True)
 class SiteRound:
-    """One site's part in one round. `event` is the most that it was charged, `None` where that is nothing."""
+    """One site's part in one round. `events` is the most that it was charged; empty where that is nothing.
+
+    `status`: "ok" where its update is in the sum. Otherwise a site's refusal code, "deadline", "malformed"
+    or what the transport said; behind the name of the exchange ("mask:deadline") where it had trained.
+    """
 
     round: int
     site: int
-    status: str  # "ok", a site's refusal code, "deadline", "malformed", or what the transport said
+    status: str
     bytes_up: int
     bytes_down: int
-    event: dict[str, Any] | None
+    events: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class RoundEvent:
-    """What the server knows after a round. `accuracy` and `loss` are of the public evaluation set."""
+    """What the server knows after a round. `accuracy` and `loss` are of the public evaluation set.
+
+    `trained`: sites that said "ready"; `answered`: sites in the sum. `metrics`: of sites' own records,
+    noised and summed, where the federation has them on.
+    """
 
     round: int
     part: str
     asked: int
+    trained: int
     answered: int
     counted: bool
     accuracy: float | None
     loss: float | None
     evaluated_records: int
     seconds: float
+    metrics: dict[str, Any] | None
 
 
-Event = SiteRound | RoundEvent
-_KINDS: dict[str, type[SiteRound] | type[RoundEvent]] = {"site": SiteRound, "round": RoundEvent}
+@dataclass(frozen=True)
+class Attempt:
+    """A session of secure aggregation is about to be opened; sites never answer a number twice."""
+
+    round: int
+    attempt: int
+    cohort: list[int]
+
+
+@dataclass(frozen=True)
+class SessionEnd:
+    """How it ended: the survivors, or in which exchange it fell short, and what sites did wrong.
+
+    `blames`: (site, exchange, fault, owner of the share or None).
+    """
+
+    round: int
+    attempt: int
+    outcome: str  # "sum", or why there is none
+    survivors: list[int]
+    blames: list[list[Any]]
+
+
+Event = SiteRound | RoundEvent | Attempt | SessionEnd
+_KINDS: dict[str, type[Event]] = {
+    "site": SiteRound,
+    "round": RoundEvent,
+    "attempt": Attempt,
+    "session": SessionEnd,
+}
 _COLUMNS = (
     "round",
     "part",
     "asked",
+    "trained",
     "answered",
     "counted",
     "accuracy",
@@ -102,6 +141,14 @@ class RunFolder:
     def secret(self) -> Path:
         return self.path / "secret.key"
 
+    @property
+    def roster(self) -> Path:
+        return self.path / "roster.json"
+
+    def witness(self, site_id: int) -> Path:
+        """Outside the site's folder, so that a restored backup of that is noticed."""
+        return self.path / "witnesses" / f"{site_id:04d}"
+
     def site(self, site_id: int) -> Path:
         return self.path / "sites" / f"{site_id:04d}"
 
@@ -132,7 +179,7 @@ class RunFolder:
 
     def append(self, event: Event) -> None:
         """Add one line. A line is either whole or, after a crash, cut off by `read_events`."""
-        kind = "site" if isinstance(event, SiteRound) else "round"
+        kind = next(name for name, cls in _KINDS.items() if cls is type(event))
         line = json.dumps({"kind": kind, **asdict(event)}, separators=(",", ":"))
         with self.events.open("ab") as file:
             file.write(line.encode() + b"\n")
@@ -145,20 +192,20 @@ class RunFolder:
         if not self.events.exists():
             return
         data = self.events.read_bytes()
-        found: dict[tuple[str, int, int], Event] = {}
+        found: dict[tuple[str, int, int, int], Event] = {}
         for line in data[: data.rfind(b"\n") + 1].splitlines():
             try:
                 fields = json.loads(line)
                 kind = fields.pop("kind")
-                key = (kind, fields["round"], fields.get("site", 0))
+                key = (kind, fields["round"], fields.get("site", 0), fields.get("attempt", 0))
                 event = _KINDS[kind](**fields)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise CheckpointError(
                     f"{self.events} has a line that is no event: restore the file"
                 ) from None
             before = found.get(key)
-            if isinstance(event, SiteRound) and isinstance(before, SiteRound) and event.event is None:
-                event = replace(event, event=before.event)  # what was charged once stays charged
+            if isinstance(event, SiteRound) and isinstance(before, SiteRound) and not event.events:
+                event = replace(event, events=before.events)  # what was charged once stays charged
             found[key] = event
         yield from found.values()
 
@@ -169,6 +216,14 @@ class RunFolder:
         return sorted(
             (e for e in self.read_events() if isinstance(e, SiteRound)), key=lambda e: (e.round, e.site)
         )
+
+    def sessions(self) -> list[SessionEnd]:
+        return [e for e in self.read_events() if isinstance(e, SessionEnd)]
+
+    def next_attempt(self, round_number: int) -> int:
+        """A number that no session of this round has had, not even one that was cut off by a crash."""
+        used = [e.attempt for e in self.read_events() if isinstance(e, Attempt) and e.round == round_number]
+        return max(used, default=0) + 1
 
     def repair(self) -> None:
         """Cut a torn last line off, so that the next event starts on a line of its own."""
@@ -181,7 +236,7 @@ class RunFolder:
     def write_metrics(self) -> None:
         """`metrics.csv`, a view of the events: one row a round."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=_COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(event) for event in self.rounds())
         write_atomically(self.metrics, text.getvalue().encode())

@@ -29,6 +29,7 @@ from server.report_style import (
     table,
     tally,
 )
+from server.report_sums import sums
 from server.report_words import banners, capital, chief, header, privacy, tiles
 
 _ALL_SITES = 50  # up to so many sites the table has all of them
@@ -46,15 +47,14 @@ from dp_accounting.rdp import RdpAccountant
 charged = {}
 for line in open("events.jsonl"):
     entry = json.loads(line)
-    if entry["kind"] == "site" and entry["event"]:  # a round that was run again is one charge
-        charged[entry["site"], entry["round"]] = entry["event"]
+    if entry["kind"] == "site" and entry["events"]:  # a round that was run again is one charge
+        charged[entry["site"], entry["round"]] = entry["events"]
 for site in sorted({site for site, _ in charged}):
     accountant = RdpAccountant()  # or PLDAccountant, from dp_accounting.pld
-    for (of, _), event in charged.items():
-        if of == site:
-            noise = GaussianDpEvent(event["noise_multiplier"])
-            step = PoissonSampledDpEvent(event["sample_rate"], noise)
-            accountant.compose(SelfComposedDpEvent(step, event["steps"]))
+    for event in [e for (of, _), events in charged.items() if of == site for e in events]:
+        noise = GaussianDpEvent(event["noise_multiplier"])
+        step = PoissonSampledDpEvent(event["sample_rate"], noise)
+        accountant.compose(SelfComposedDpEvent(step, event["steps"]))
     print(site, accountant.get_epsilon(DELTA))
 """
 
@@ -75,6 +75,7 @@ def _page(run: Run) -> str:
         banners,
         tiles,
         privacy,
+        sums,
         _plots,
         _sites,
         _rounds,
@@ -163,10 +164,10 @@ def _costs(run: Run) -> Iterator[str]:
         return
     x = [r.round for r in rounds]
     lines = [
-        Line("answered", x, [float(r.answered) for r in rounds]),
-        Line("failed", x, [float(r.asked - r.answered) for r in rounds]),
+        Line("in the sum", x, [float(r.answered) for r in rounds]),
+        Line("not", x, [float(r.asked - r.answered) for r in rounds]),
     ]
-    note = "that sent an update the server could use, and that did not"
+    note = "whose update is in the sum, and whose is not"
     yield figure("Sites asked", note, plot_bars("Sites asked by round", lines, stacked=True))
     up = dict.fromkeys(x, 0.0)
     down = dict.fromkeys(x, 0.0)
@@ -189,8 +190,8 @@ def _sites(run: Run) -> str:
     columns = [
         ("site", ""),
         ("asked", ""),
-        ("answered", ""),
-        ("failed", "text codes"),
+        ("in the sum", ""),
+        ("otherwise", "text codes"),
         ("ε (Rényi)", ""),
         *([("ε at most", "")] if extra else []),
         ("budget left", ""),
@@ -258,7 +259,8 @@ def _rounds(run: Run) -> str:
         ("round", ""),
         ("trains", "text"),
         ("asked", ""),
-        ("answered", ""),
+        ("trained", ""),
+        ("in the sum", ""),
         ("counted", "text"),
         ("accuracy", ""),
         ("loss", ""),
@@ -270,11 +272,11 @@ def _rounds(run: Run) -> str:
     off = run.config.privacy.insecure_disabled
 
     def cells(r: RoundEvent) -> list[str]:
-        asked = [f"{r.asked:,}", f"{r.answered:,}", "yes" if r.counted else "no"]
+        asked = [f"{r.asked:,}", f"{r.trained:,}", f"{r.answered:,}", "yes" if r.counted else "no"]
         return [
             str(r.round),
             safe(r.part),
-            *(asked if r.round else ["–", "–", "–"]),
+            *(asked if r.round else ["–"] * 4),
             fixed(r.accuracy),
             fixed(r.loss),
             f"{r.evaluated_records:,}",

@@ -12,7 +12,7 @@ from common.config import RunConfig
 from common.errors import CheckpointError
 from common.plan import make_plan
 from common.privacy import SampledGaussianEvent, epsilon_rdp
-from server.record import RoundEvent, RunFolder, SiteRound
+from server.record import RoundEvent, RunFolder, SessionEnd, SiteRound
 from server.report_style import number
 
 # A site gives these before it charges itself. After any other failure it may have been charged, although
@@ -46,6 +46,7 @@ class Run:
     summary: dict[str, Any]
     rounds: list[RoundEvent]
     parts: list[SiteRound]
+    sessions: list[SessionEnd]
     accounts: list[Account]
     toml: str
 
@@ -63,9 +64,7 @@ class Run:
         """The events of the site that spent most."""
         worst = max(self.accounts, key=lambda a: a.epsilon[-1]).site
         return [
-            SampledGaussianEvent.from_json(p.event)
-            for p in self.parts
-            if p.site == worst and p.event is not None
+            SampledGaussianEvent.from_json(event) for p in self.parts if p.site == worst for event in p.events
         ]
 
     @property
@@ -86,9 +85,10 @@ def read_run(folder: RunFolder) -> Run:
     parts = sorted((e for e in events if isinstance(e, SiteRound)), key=lambda e: (e.round, e.site))
     if not folder.summary.is_file() or not rounds:
         raise CheckpointError(f"{folder.path} has no finished run yet: finish it, then write the report")
+    sessions = [e for e in events if isinstance(e, SessionEnd)]
     summary = json.loads(folder.summary.read_text("utf-8"))
     accounts = _accounts(config, summary, rounds, parts)
-    return Run(config, summary, rounds, parts, accounts, folder.config.read_text("utf-8"))
+    return Run(config, summary, rounds, parts, sessions, accounts, folder.config.read_text("utf-8"))
 
 
 def _accounts(
@@ -110,12 +110,10 @@ def _accounts(
             while position < len(own) and own[position].round == this:
                 part = own[position]
                 position += 1
-                if part.event is not None:
-                    spent[SampledGaussianEvent.from_json(part.event)] += 1
+                if part.events:
+                    spent.update(SampledGaussianEvent.from_json(event) for event in part.events)
                 elif part.status != "ok" and part.status not in _NOT_CHARGED and this <= len(plan.rounds):
-                    planned = plan.round(this).event
-                    if planned is not None:
-                        perhaps[planned] += 1
+                    perhaps.update(plan.round(this).events)
             epsilon[this] = _epsilon(frozenset(spent.items()), plan.delta)
         return Account(
             site=site,

@@ -72,7 +72,8 @@ def banners(run: Run) -> str:
         )
     if s.get("secure_aggregation") is not True:
         red.append(
-            "<strong>Updates travelled in the clear: the server saw each site's update.</strong> "
+            "<strong>Updates travelled in the clear (--insecure-plain-updates): the server saw each site's "
+            "update.</strong> "
             + (
                 "The privacy claimed below holds against the server too: each site added its noise itself."
                 if run.private
@@ -123,13 +124,13 @@ def _notes(run: Run) -> list[str]:
     void = [r.round for r in run.rounds if not r.counted]
     if void:
         found.append(
-            f"{many(len(void), 'round')} did not count, since fewer than "
-            f"{many(run.config.server.min_sites, 'site')} answered. What the sites had spent stays spent."
+            f"{many(len(void), 'round')} did not count, since there was no sum of at least "
+            f"{many(run.config.aggregation.min_cohort or 1, 'site')}. What the sites had spent stays spent."
         )
     failures = sum((a.failures for a in run.accounts), Counter[str]())
     if failures:
         found.append(
-            f"{failures.total():,} of {many(len(run.parts), 'request')} got no usable answer: "
+            f"{failures.total():,} times of {len(run.parts):,} a site that was asked is not in the sum: "
             f"{tally(failures)}."
         )
     if run.uncertain:
@@ -227,7 +228,8 @@ def _claim(run: Run) -> list[tuple[str, str]]:
         ("Mechanism", mechanism),
         (
             "Aggregation",
-            "secure: masked updates were sent, and the server learnt their sum; the claim does not rest on it"
+            "secure: masked updates were sent, and the server learnt their sum alone; the claim does not "
+            "rest on it"
             if s.get("secure_aggregation") is True
             else "in the clear; the claim allows for that",
         ),

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,17 +14,22 @@ from flwr.serverapp import Grid
 
 from common import wire
 from common.adapter import Layout, read_vector
+from common.aggregation import context_of, policy_of
 from common.config import RunConfig
 from common.errors import RoundError, StatusCode
 from common.evaluation import MetricSums, evaluate
 from common.features import FeatureCache
+from common.metrics import SiteMetrics, read_counts
 from common.models import AdaptedModel, Part
 from common.plan import Plan
+from common.secagg.errors import Exchange
+from common.secagg.policy import Roster
 from common.tasks import Examples, IntArray
 from server import checkpoint, cohort
-from server.aggregation import OptimizerState, PlainSum, step
+from server.aggregation import Floats, OptimizerState, PlainSum, step
 from server.checkpoint import Checkpoint
 from server.curves import Curves
+from server.gather import Gatherer
 from server.record import RoundEvent, RunFolder, SiteRound
 
 _REFUSALS = {code.value for code in StatusCode}
@@ -50,6 +55,7 @@ class Job:
     model: AdaptedModel
     public: Examples
     features: FeatureCache  # of the public records, while rounds train the head only
+    roster: Roster
 
 
 class Watcher(Protocol):
@@ -57,6 +63,10 @@ class Watcher(Protocol):
 
     def site_done(self, round_number: int, asked: int) -> None:
         """One of the `asked` sites has answered, or has run out of time."""
+        ...
+
+    def stage(self, round_number: int, exchange: Exchange) -> None:
+        """Secure aggregation has come to this exchange."""
         ...
 
     def round_done(self, event: RoundEvent) -> None: ...
@@ -78,9 +88,10 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
     """All rounds that are left; the state after the last.
 
     Raises:
-        RoundError: fewer than min_sites answered in three rounds on end.
+        RoundError: no sum in `server.give_up_after` rounds on end.
     """
     now = start(job)
+    limit = job.config.server.give_up_after
     with closing(Curves(job.folder.tensorboard, now.round)) as curves:
         if now.round == 0 and not job.folder.rounds():
             event = _event(_measure(job, now, everything=True), 0, "start")
@@ -94,11 +105,11 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
             curves.add(event)
             watcher.round_done(event)
             failed = 0 if event.counted else failed + 1
-            if failed == 3:
+            if limit and failed == limit:
                 raise RoundError(
-                    "three rounds on end had fewer answers than server.min_sites = "
-                    f"{job.config.server.min_sites}; the reasons stand in {job.folder.events}. Resume the "
-                    "run when the sites can answer"
+                    f"{failed} rounds on end had no sum of at least aggregation.min_cohort = "
+                    f"{job.config.aggregation.min_cohort} sites; the reasons stand in {job.folder.events}. "
+                    "Resume the run when the sites can answer (server.give_up_after = 0 never stops)"
                 )
     return now
 
@@ -112,7 +123,7 @@ def run_round(
 ) -> tuple[Checkpoint, RoundEvent]:
     """One round: the state after it, and what is recorded of it.
 
-    1. cohort   2. ask   3. sum as replies come   4. step   5. evaluate   6. checkpoint, then record
+    1. cohort   2. train   3. secure sum   4. step   5. evaluate   6. checkpoint, then record
     """
     began = time.monotonic()
     number = before.round + 1
@@ -120,52 +131,23 @@ def run_round(
     part = Layout.of(job.model.active(plan.part))
 
     # 1. Who is asked.
-    asked = cohort.sample(list(sites), job.config.server, job.config.run.seed, number)
+    asked = cohort.sample(list(sites), job.config, number)
 
-    # 2. Ask. Each site follows its own plan; the request only names the round.
-    request = wire.TrainRequest(
-        job.run_id, number, 1, job.plan_digest, job.model.layout.digest, before.adapter
-    )
-    bytes_down = wire.payload_bytes(wire.encode(request))
-    answers = cohort.exchange(
-        grid,
-        {sites[site]: request for site in asked},
-        "train",
-        str(number),
-        job.config.server.deadline_seconds,
-        asked,
-    )
+    # 2. Train. Each site follows its own plan; the request only names the round. "Ready" is all that comes
+    #    back: the update waits at the site, so long training is over before any secret is shared.
+    trained = _train(job, grid, before, sites, asked, watcher)
 
-    # 3. Sum as replies come: one accumulator, whatever the number of sites.
-    total = PlainSum(part.size)
-    statuses: Counter[str] = Counter()
-    for answer in answers:
-        status, bytes_up = _take(answer, total, number, part), 0
-        if isinstance(answer, cohort.Reply):
-            bytes_up = answer.bytes_up
-        statuses[status] += 1
-        # A site charges itself before it trains: whatever is not a refusal may have cost it this much.
-        free = plan.event is None or status in _FREE
-        charged = None if free or plan.event is None else plan.event.to_json()
-        job.folder.append(SiteRound(number, answer.site, status, bytes_up, bytes_down, charged))
-        watcher.site_done(number, len(asked))
+    # 3. The sum, in five exchanges. No update is ever seen, and no sum of fewer than min_cohort.
+    if job.config.study.plain_updates:
+        total = _plain(job, trained)
+    else:
+        total = _secure(job, grid, before, sites, trained, watcher)
+    _record_sites(job, number, trained, total)
 
-    answered = statuses["ok"]
-    if not answered and set(statuses) <= _REFUSALS:
-        # Every site has said no: asking again would not change that.
-        raise RoundError(
-            f"no site took part in round {number}: "
-            + ", ".join(f"{count} × {code}" for code, count in sorted(statuses.items()))
-            + ". Each site's own log says why"
-        )
-
-    # 4. Step, unless too few answered: then the adapter stays as it was.
-    counted = answered >= job.config.server.min_sites
+    # 4. Step, unless there is no sum: then the adapter stays as it was.
     adapter, state = before.adapter, before.state
-    if counted:
-        adapter, state = step(
-            adapter, total.mean(), job.model.layout.positions(part), state, job.config.server
-        )
+    if total.mean is not None:
+        adapter, state = step(adapter, total.mean, job.model.layout.positions(part), state, job.config.server)
     after = Checkpoint(number, adapter, state)
 
     # 5. Evaluate on public records only.
@@ -175,30 +157,127 @@ def run_round(
     sums = _measure(job, after, everything=last) if due else None
 
     # 6. The round is done once its checkpoint is: a crash before that runs it again, to the same end.
-    seconds = time.monotonic() - began
-    event = _event(sums, number, plan.part.value, len(asked), answered, counted, seconds)
+    event = _event(
+        sums,
+        number,
+        plan.part.value,
+        len(asked),
+        len(trained.ready),
+        sum(fate == "ok" for fate in total.fates.values()),
+        total.mean is not None,
+        time.monotonic() - began,
+        total.metrics,
+    )
     _finish(job, after, event)
     return after, event
 
 
-def _take(answer: cohort.Reply | cohort.Failure, total: PlainSum, number: int, part: Layout) -> str:
-    """Add a good update; say what became of the answer."""
-    if isinstance(answer, cohort.Failure):
-        return answer.reason
-    update = answer.message
-    if not isinstance(update, wire.Update):
-        return "malformed"
-    # The node answers for one site; an answer in another's name, or to another question, is not counted.
-    if update.site != answer.site or (update.round, update.attempt) != (number, 1):
-        return "malformed"
-    if update.weight != 1.0:  # every site counts alike; a site cannot make itself heavier
-        return "malformed"
-    if update.layout_digest != part.digest or update.vector.size != part.size:
-        return "malformed"
-    if not np.isfinite(update.vector).all():
-        return "malformed"
-    total.add(update.vector, update.weight)
-    return "ok"
+@dataclass
+class _Trained:
+    """How training went. refused: site → why it is not ready. plain: of a study, the sum in the clear."""
+
+    plain: PlainSum
+    ready: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    bytes_up: Counter[int] = field(default_factory=Counter)
+    bytes_down: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Total:
+    """mean: of the updates, `(part.size,)`; `None` where there is no sum. fates: of sites that were ready."""
+
+    mean: Floats | None
+    metrics: SiteMetrics | None
+    fates: dict[int, str]
+
+
+def _train(
+    job: Job, grid: Grid, before: Checkpoint, sites: dict[int, int], asked: list[int], watcher: Watcher
+) -> _Trained:
+    number = before.round + 1
+    part = Layout.of(job.model.active(job.plan.round(number).part))
+    request = wire.TrainRequest(job.run_id, number, job.plan_digest, job.model.layout.digest, before.adapter)
+    trained = _Trained(PlainSum(part.size))
+    deadline = job.config.server.deadline_seconds
+    requests = {sites[site]: request for site in asked}
+    for answer in cohort.exchange(grid, requests, "train", str(number), deadline, asked):
+        trained.bytes_down[answer.site] += answer.bytes_down
+        if isinstance(answer, cohort.Failure):
+            trained.refused[answer.site] = answer.reason
+        else:
+            trained.bytes_up[answer.site] += answer.bytes_up
+            if _is_ready(job, answer, number, part, trained.plain):
+                trained.ready.append(answer.site)
+            else:
+                trained.refused[answer.site] = cohort.MALFORMED
+        watcher.site_done(number, len(asked))
+    if not trained.ready and set(trained.refused.values()) <= _REFUSALS:
+        # Every site has said no: asking again would not change that.
+        _record_sites(job, number, trained, _Total(None, None, {}))
+        codes = Counter(trained.refused.values())
+        raise RoundError(
+            f"no site took part in round {number}: "
+            + ", ".join(f"{count} × {code}" for code, count in sorted(codes.items()))
+            + ". Each site's own log says why"
+        )
+    return trained
+
+
+def _is_ready(job: Job, answer: cohort.Reply, number: int, part: Layout, plain: PlainSum) -> bool:
+    """Whether a site did as asked. The node answers for one site: not in another's name, nor to another
+    question; and with its update in the clear only where the study says so."""
+    match answer.message:
+        case wire.Ready(site, of) if not job.config.study.plain_updates:
+            return (site, of) == (answer.site, number)
+        case wire.PlainUpdate(site, of, digest, vector) if job.config.study.plain_updates:
+            if (site, of, digest, vector.size) != (answer.site, number, part.digest, part.size):
+                return False
+            if not np.isfinite(vector).all():
+                return False
+            plain.add(vector)
+            return True
+        case _:
+            return False
+
+
+def _secure(
+    job: Job, grid: Grid, before: Checkpoint, sites: dict[int, int], trained: _Trained, watcher: Watcher
+) -> _Total:
+    number = before.round + 1
+    plan = job.plan.round(number)
+    gatherer = Gatherer(
+        grid=grid,
+        nodes=sites,
+        config=job.config,
+        run_id=job.run_id,
+        roster=job.roster,
+        folder=job.folder,
+        stage=lambda exchange: watcher.stage(number, exchange),
+    )
+    context = context_of(before.adapter, job.plan_digest, job.model.layout.digest, number)
+    gathered = gatherer.gather(policy_of(job.config, job.model, plan), trained.ready, number, context)
+    trained.bytes_up.update(gathered.bytes_up)
+    trained.bytes_down.update(gathered.bytes_down)
+    if gathered.sum is None:
+        return _Total(None, None, gathered.fates)
+    return _Total(gathered.sum.mean, read_counts(job.config, plan, gathered.sum.counts), gathered.fates)
+
+
+def _plain(job: Job, trained: _Trained) -> _Total:
+    """In the clear, for study."""
+    enough = len(trained.ready) >= (job.config.aggregation.min_cohort or 1)
+    fate = "ok" if enough else "too-few"
+    return _Total(trained.plain.mean() if enough else None, None, dict.fromkeys(trained.ready, fate))
+
+
+def _record_sites(job: Job, number: int, trained: _Trained, total: _Total) -> None:
+    """One line a site. It charges itself before it trains: what is not a refusal may have cost this much."""
+    events = [event.to_json() for event in job.plan.round(number).events]
+    for site, status in sorted({**trained.refused, **total.fates}.items()):
+        charged = [] if site in trained.refused and status in _FREE else events
+        up, down = trained.bytes_up[site], trained.bytes_down[site]
+        job.folder.append(SiteRound(number, site, status, up, down, charged))
 
 
 def _measure(job: Job, now: Checkpoint, *, everything: bool) -> MetricSums:
@@ -235,18 +314,22 @@ def _event(
     number: int,
     part: str,
     asked: int = 0,
+    trained: int = 0,
     answered: int = 0,
     counted: bool = True,
     seconds: float = 0.0,
+    metrics: SiteMetrics | None = None,
 ) -> RoundEvent:
     return RoundEvent(
         number,
         part,
         asked,
+        trained,
         answered,
         counted,
         None if sums is None else sums.accuracy,
         None if sums is None or not math.isfinite(sums.mean_loss) else sums.mean_loss,
         0 if sums is None else sums.count,
         seconds,
+        None if metrics is None else asdict(metrics),
     )

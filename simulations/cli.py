@@ -45,6 +45,13 @@ def simulate(
         bool,
         typer.Option("--insecure-no-privacy", help="STUDY ONLY: no clipping, no noise. Stamps the report."),
     ] = False,
+    insecure_plain_updates: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-plain-updates",
+            help="STUDY ONLY: no secure aggregation, the server sees each update. Stamps the report.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
     """Fine-tune one adapter across simulated sites, with record-level differential privacy.
@@ -61,15 +68,20 @@ def simulate(
             raise ConfigError("--resume goes on with a run as it was begun: leave the other options out")
         folder = RunFolder(resume)
         resolved = folder.load_config()
-        asked = (insecure_no_privacy, study_noise_seed)
-        if asked != (resolved.privacy.insecure_disabled, resolved.study.noise_seed):
+        asked = (insecure_no_privacy, study_noise_seed, insecure_plain_updates)
+        study = resolved.study
+        if asked != (resolved.privacy.insecure_disabled, study.noise_seed, study.plain_updates):
             raise ConfigError(
-                f"{folder.config} and the command line disagree about --insecure-no-privacy or "
-                "--study-noise-seed: give them as the run was begun. No file alone turns privacy off"
+                f"{folder.config} and the command line disagree about --insecure-no-privacy, "
+                "--study-noise-seed or --insecure-plain-updates: give them as the run was begun. No file "
+                "alone turns privacy off"
             )
     else:
         wanted = _with_study(
-            load_config(config or run.DEMO, overrides), study_noise_seed, insecure_no_privacy
+            load_config(config or run.DEMO, overrides),
+            study_noise_seed,
+            insecure_no_privacy,
+            insecure_plain_updates,
         )
         resolved, split = run.prepare(wanted)
         if dry_run:
@@ -109,7 +121,9 @@ def report(
     print(folder.report)
 
 
-def _with_study(config: RunConfig, noise_seed: int | None, no_privacy: bool) -> RunConfig:
+def _with_study(
+    config: RunConfig, noise_seed: int | None, no_privacy: bool, plain_updates: bool
+) -> RunConfig:
     """Study switches come from the command line alone, so that no file can turn privacy off unseen."""
     refuse_study(config)
     if noise_seed is not None and not 0 <= noise_seed < 2**63:
@@ -117,7 +131,9 @@ def _with_study(config: RunConfig, noise_seed: int | None, no_privacy: bool) -> 
     return config.model_copy(
         update={
             "privacy": config.privacy.model_copy(update={"insecure_disabled": no_privacy}),
-            "study": config.study.model_copy(update={"noise_seed": noise_seed}),
+            "study": config.study.model_copy(
+                update={"noise_seed": noise_seed, "plain_updates": plain_updates}
+            ),
         }
     )
 

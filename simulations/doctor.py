@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from importlib import metadata
+from importlib import metadata, resources
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Print versions, the device, the privacy self-test, and what composes with what.
+    """Print versions, the device, the self-test of privacy and secure aggregation, and what composes.
 
     Exit code 5 when the self-test fails: nothing may be trained on this machine then.
     """
@@ -64,6 +64,7 @@ def _checks() -> list[dict[str, Any]]:
     from common.config import AdapterMethod, parse_config
     from common.models import Part, load_model
     from common.privacy import SampledGaussianEvent, calibrate_noise_multiplier, epsilon_pld, epsilon_rdp
+    from common.secagg.vectors import check_document
     from common.tasks import make_task
 
     found: list[dict[str, Any]] = []
@@ -80,6 +81,14 @@ def _checks() -> list[dict[str, Any]]:
     began = time.monotonic()
     sigma = calibrate_noise_multiplier(target_epsilon=8, delta=1e-5, sample_rate=0.02, steps=1000)
     check("calibration gives a known answer", abs(sigma - 0.7678) < 1e-3, f"noise multiplier {sigma}", began)
+    began = time.monotonic()
+    try:
+        files = [f for f in resources.files("confide_vectors").iterdir() if f.name.endswith(".json")]
+        cases = sum(check_document(json.loads(file.read_text("utf-8"))) for file in files)
+        passed, detail = len(files) > 0, f"{cases:,} cases in {len(files)} files"
+    except (ConfideError, ModuleNotFoundError) as error:
+        passed, detail = False, str(error)
+    check("secure aggregation gives known answers", passed, detail, began)
     for method in AdapterMethod:
         began = time.monotonic()
         config = parse_config(

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from flwr.app import Context
 
 from client.budget import Budget
+from client.identity import SiteFolder, load_identity, load_local_key
 from client.selftest import self_test
-from client.site import Site
+from client.site import Pinned, Site
+from client.store import FileStore
 from client.training import Shard
 from common.adapter import Vector, read_vector
 from common.config import DataSection, Partition, RunConfig, TaskKind
@@ -30,6 +32,8 @@ from common.models import AdaptedModel, load_model
 from common.noise import KEY_BYTES, derived_key
 from common.plan import Plan, make_plan
 from common.privacy import SampledGaussianEvent
+from common.roster import load_roster
+from common.secagg.policy import Roster
 from common.tables import CleaningReport, Columns, Table, clean, label_ids
 from common.targets import check_records, columns_of, found_labels
 from common.tasks import Examples, IntArray, make_task
@@ -210,9 +214,11 @@ class Fleet:
         secret = self._secret()
         return Site(
             site_id=site_id,
+            run_id=self.run_id,
             folder=self.folder.site(site_id),
             shard=Shard(self.examples, self.split.sites[site_id - 1]),
             model=self.model,
+            config=self.config,
             plan=self.plan,
             plan_digest=self.plan_digest,
             setting=self._setting,
@@ -220,7 +226,30 @@ class Fleet:
             noise_key=lambda context: derived_key(secret, site_id.to_bytes(4, "little"), context),
             repeatable_noise=True,
             features=self._features,
+            pinned=None if self.config.study.plain_updates else self._pinned(site_id),
         )
+
+    def _pinned(self, site_id: int) -> Pinned:
+        """What this site has in its folder: the same keys and files as a deployed one."""
+        folder = SiteFolder(self.folder.site(site_id))
+        local_key = load_local_key(folder.local_key)
+        store = FileStore(
+            folder.path / "secagg.state",
+            self.folder.witness(site_id),
+            key=local_key,
+            site=site_id,
+            run=self.run_id.encode(),
+            random_bytes=os.urandom,
+        )
+        identity = load_identity(folder.identity, None)
+        return Pinned(identity, self.roster, store, local_key, os.urandom)
+
+    @cached_property
+    def roster(self) -> Roster:
+        """The public keys of all sites; empty in a study without secure aggregation."""
+        if self.config.study.plain_updates:
+            return {}
+        return load_roster(self.folder.roster, None).keys
 
     def check_spend(self) -> None:
         """Each site's own record of its spend must hold what the run's events say that it was charged.
@@ -230,9 +259,9 @@ class Fleet:
         """
         charged: dict[int, Counter[SampledGaussianEvent]] = {}
         for part in self.folder.site_rounds():
-            if part.status == "ok" and part.event is not None:
-                event = SampledGaussianEvent.from_json(part.event)
-                charged.setdefault(part.site, Counter())[event] += 1
+            if part.status == "ok":
+                found = [SampledGaussianEvent.from_json(event) for event in part.events]
+                charged.setdefault(part.site, Counter()).update(found)
         for site, events in charged.items():
             if not events <= Counter(self.budget(site).events):
                 raise PrivacyError(
@@ -258,6 +287,7 @@ class Fleet:
             model=self.model,
             public=self.public,
             features=FeatureCache(),
+            roster=self.roster,
         )
 
     def scores(self, adapter: Vector) -> dict[str, float]:

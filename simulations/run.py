@@ -13,25 +13,39 @@ import numpy as np
 import torch
 
 import server.app
+from client.identity import SiteFolder, create_site
 from client.selftest import self_test
 from common import wire
 from common.adapter import Layout
+from common.aggregation import policy_of
 from common.config import Engine, RunConfig, TaskKind
 from common.errors import CheckpointError, ConfigError, RoundError
 from common.evaluation import MetricSums
 from common.export import PrivacyClaim, export_adapter
 from common.files import write_atomically
-from common.models import load_model, pick_device
+from common.models import AdaptedModel, load_model, pick_device
 from common.noise import fresh_key
-from common.plan import make_plan, resolve
+from common.plan import RoundPlan, make_plan, resolve
+from common.roster import Member, sign_roster
+from common.secagg.keys import IdentityKey
+from common.secagg.messages import (
+    AdvertiseReply,
+    ConsistReply,
+    MaskReply,
+    ShareReply,
+    UnmaskReply,
+    encoded_limit,
+)
 from common.tasks import make_task
 from server.checkpoint import Checkpoint
 from server.record import RoundEvent, RunFolder
 from server.report import write_report
 from server.rounds import Watcher, start
 from simulations.engines import run_inline, run_ray
+from simulations.faults import LossyGrid
 from simulations.fleet import Fleet, Split, open_fleet, split_data
 
+_ENVELOPE = 64  # bytes that a record around a message takes, about
 DEMO = Path(__file__).with_name("demo.toml")
 
 
@@ -99,8 +113,21 @@ def fill_folder(path: Path, config: RunConfig) -> RunFolder:
         file.write(fresh_key())
         file.flush()
         os.fsync(file.fileno())
+    if not config.study.plain_updates:
+        enrol(folder, config)
     write_atomically(folder.config, config.to_toml().encode())
     return folder
+
+
+def enrol(folder: RunFolder, config: RunConfig) -> None:
+    """Give every simulated site keys of its own, and all of them the signed roster."""
+    members = []
+    for site in range(1, config.sites.count + 1):
+        card = create_site(SiteFolder(folder.site(site)), f"site-{site:04d}", os.urandom, None)
+        members.append(Member(site, card.name, card.public))
+    folder.witness(1).parent.mkdir()
+    authority = IdentityKey.generate(os.urandom)  # needed once: a simulated federation never grows
+    write_atomically(folder.roster, sign_roster("simulation", 1, members, (), authority).encode())
 
 
 @dataclass(frozen=True)
@@ -120,7 +147,12 @@ def _simulate(folder: RunFolder, engine: Engine, watcher: Watcher, began: float)
     fleet = open_fleet(folder.path.resolve())
     fleet.check_spend()
     job = fleet.job()
-    app = server.app.make_app(lambda _: job, watcher)
+    dropout = fleet.config.sites.dropout
+    app = server.app.make_app(
+        lambda _: job,
+        watcher,
+        lambda grid: LossyGrid(grid, dropout, fleet.config.run.seed) if dropout else grid,
+    )
     try:
         match engine:
             case Engine.INLINE:
@@ -167,7 +199,7 @@ def _claim(fleet: Fleet) -> PrivacyClaim:
         epsilon_rdp=max(b.epsilon_rdp for b in budgets) if budgets else None,
         epsilon_pld=max(b.epsilon_pld for b in budgets) if budgets else None,
         delta=fleet.plan.delta,
-        secure_aggregation=False,
+        secure_aggregation=not fleet.config.study.plain_updates,
         read_from_data=fleet.config.privacy.read_from_data,
         repeatable_noise=fleet.config.study.noise_seed is not None,
     )
@@ -209,6 +241,10 @@ def _summary(
         "privacy_statement": claim.sentence(),
         "private": claim.holds,
         "secure_aggregation": claim.secure_aggregation,
+        "min_cohort": config.aggregation.min_cohort,
+        "ring_bits": None if config.study.plain_updates else config.aggregation.ring_bits.value,
+        "rounds_without_sum": sum(not r.counted for r in rounds),
+        "site_metrics": rounds[-1].metrics,
         "noise_multiplier": config.privacy.noise_multiplier,
         "sample_rate": config.privacy.sample_rate,
         "trainable_parameters": fleet.model.layout.size,
@@ -244,7 +280,6 @@ def describe(config: RunConfig, split: Split) -> dict[str, Any]:
     """The plan of a resolved configuration as numbers, before anyone spends anything."""
     plan = make_plan(config)
     model = load_model(config, make_task(config.task.kind, split.labels, config.task))
-    sizes = [Layout.of(model.active(r.part)).size for r in plan.rounds]
     return {
         "rounds": len(plan.rounds),
         "noise_multiplier": config.privacy.noise_multiplier,
@@ -258,10 +293,19 @@ def describe(config: RunConfig, split: Split) -> dict[str, Any]:
         "epsilon_pld": plan.epsilon_pld,
         "target_epsilon": plan.target_epsilon,
         "trainable_parameters": model.layout.size,
-        "bytes_up_per_site_round": max(_update_bytes(size) for size in sizes),
+        "secure_aggregation": not config.study.plain_updates,
+        "min_cohort": config.aggregation.min_cohort,
+        "bytes_up_per_site_round": max(_bytes_up(config, model, r) for r in plan.rounds),
     }
 
 
-def _update_bytes(size: int) -> int:
-    blank = wire.Update(1, 1, 1, "0" * 64, 1.0, np.zeros(size, dtype=np.float32))
-    return wire.payload_bytes(wire.encode(blank))
+def _bytes_up(config: RunConfig, model: AdaptedModel, plan: RoundPlan) -> int:
+    """Of one site in one round, where all sites stay: the vector, and what the protocol adds to it."""
+    if config.study.plain_updates:
+        blank = np.zeros(Layout.of(model.active(plan.part)).size, dtype=np.float32)
+        return wire.payload_bytes(wire.encode(wire.PlainUpdate(1, 1, "0" * 64, blank)))
+    policy = policy_of(config, model, plan)
+    ready = wire.payload_bytes(wire.encode(wire.Ready(1, 1)))
+    replies = (AdvertiseReply, ShareReply, MaskReply, ConsistReply, UnmaskReply)
+    limits = [encoded_limit(kind, policy.n_max, policy.words, policy.ring_bits) for kind in replies]
+    return ready + sum(limits) + len(replies) * _ENVELOPE

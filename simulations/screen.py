@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from common.privacy import epsilon_text
+from common.secagg.errors import Exchange
 from server.record import RoundEvent
 
 
@@ -42,10 +43,15 @@ class RoundBars:
     def site_done(self, round_number: int, asked: int) -> None:
         self._progress.update(self._task, total=asked, advance=1)
 
+    def stage(self, round_number: int, exchange: Exchange) -> None:
+        self._progress.update(self._task, note=f"secure sum, {exchange + 1} of 5: {exchange.name.lower()}")
+
     def round_done(self, event: RoundEvent) -> None:
         note = "" if event.accuracy is None else f"accuracy {event.accuracy:.3f}  loss {event.loss:.3f}"
         if not event.counted:
-            note = "[red]too few answers: not counted[/]"
+            note = "[red]no sum: not counted[/]"
+        elif event.answered < event.asked:
+            note += f"  {event.answered} of {event.asked} sites in the sum"
         done = max(event.answered, 1)
         self._progress.update(self._task, total=done, completed=done, note=note)
         self._progress.stop_task(self._task)
@@ -59,6 +65,9 @@ class Silent:
     """A Watcher for scripts."""
 
     def site_done(self, round_number: int, asked: int) -> None:
+        pass
+
+    def stage(self, round_number: int, exchange: Exchange) -> None:
         pass
 
     def round_done(self, event: RoundEvent) -> None:
@@ -149,5 +158,7 @@ def warnings(summary: dict[str, Any]) -> list[str]:
     if not summary["private"]:
         found.append(summary["privacy_statement"])
     if not summary["secure_aggregation"]:
-        found.append("Updates travelled in the clear: the server saw each site's update.")
+        found.append(
+            "Updates travelled in the clear (--insecure-plain-updates): the server saw each site's update."
+        )
     return found

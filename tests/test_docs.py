@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -87,3 +88,18 @@ def test_commands_and_options_in_documents_exist() -> None:
         assert option in known, option
     for command in set(re.findall(r"confide (\w+)", text)) - {"is"}:
         assert CliRunner().invoke(confide.app, [command, "--help"]).exit_code == 0, command
+
+
+def test_every_claim_of_the_threat_model_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 30
+    for file, name in named:
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert name in found, f"{file}::{name}"
+    rows = [
+        line for line in text.split("## Claims")[1].split("## What is not")[0].splitlines() if "|" in line
+    ]
+    claims = [row for row in rows if not row.startswith(("|---", "| claim |", "| it tries |"))]
+    assert all("::" in row for row in claims)

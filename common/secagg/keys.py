@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NoReturn
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -102,6 +103,8 @@ class IdentityKey:
         return f"IdentityKey(public={self.public.hex()})"
 
 
+# Remembered, since the sites of a simulation check the same signatures: a thousand sites a million times.
+@lru_cache(maxsize=4096)
 def verify(public: bytes, message: bytes, signature: bytes) -> bool:
     """Whether `signature` is the Ed25519 signature of `message` under `public` (RFC 8032, 5.1.7)."""
     try:

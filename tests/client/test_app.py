@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
 from client.budget import Budget
-from client.site import Site
+from client.identity import SiteFolder, create_site, load_identity, load_local_key
+from client.site import Pinned, Site
+from client.store import FileStore, drop_waiting, load_waiting
 from client.training import Shard
 from common import wire
+from common.aggregation import policy_of
 from common.errors import DataError, ModelError, PrivacyError, StatusCode
 from common.features import FeatureCache
 from common.noise import derived_key
 from common.plan import make_plan, resolve
+from common.secagg.keys import IdentityKey
+from common.secagg.masks import Ring
 from simulations.engines import InlineGrid
 from simulations.fleet import plan_digest
 from tests.conftest import LABELS, World, moved
@@ -42,9 +49,22 @@ class Client:
     def ask(self, request: wire.Message, kind: str = "train") -> wire.Message:
         return wire.decode(self.send(wire.encode(request), kind))
 
+    def vector(self, request: wire.TrainRequest) -> Ring:
+        """The encoded update that waits after the site has said that it is ready."""
+        assert self.ask(request) == wire.Ready(self.site.site_id, request.round)
+        pinned = self.site.pinned
+        assert pinned is not None
+        waiting = load_waiting(self.site.waiting, pinned.local_key)
+        assert waiting is not None and waiting.round == request.round
+        return waiting.vector
+
+    def forget(self) -> None:
+        """The update is gone, as after its upload."""
+        drop_waiting(self.site.waiting)
+
     def request(self, **changes: Any) -> wire.TrainRequest:
         model = self.site.model
-        good = wire.TrainRequest("run", 1, 1, self.site.plan_digest, model.layout.digest, moved(model))
+        good = wire.TrainRequest("run", 1, self.site.plan_digest, model.layout.digest, moved(model))
         return dataclasses.replace(good, **changes)
 
     @property
@@ -63,19 +83,35 @@ def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
     this = world("bert-mean")
     config = resolve(this.config, smallest_site=50, labels=LABELS, threads=1)
     plan = make_plan(config)
+    folder = SiteFolder(tmp_path / "site")
+    card = create_site(folder, "site", os.urandom, None)
+    others = {number: IdentityKey.generate(os.urandom).public for number in (1, 2)}
+    local_key = load_local_key(folder.local_key)
+    store = FileStore(
+        folder.path / "secagg.state",
+        tmp_path / "witness",
+        key=local_key,
+        site=3,
+        run=b"run",
+        random_bytes=os.urandom,
+    )
+    identity = load_identity(folder.identity, None)
     return Client(
         Site(
             site_id=3,
-            folder=tmp_path,
+            run_id="run",
+            folder=folder.path,
             shard=Shard(this.examples, np.arange(50)),
             model=this.model,
+            config=config,
             plan=plan,
             plan_digest=plan_digest(plan),
             setting=b"a configuration and a base model",
-            budget=Budget(tmp_path / "spend.jsonl", target_epsilon=plan.target_epsilon, delta=plan.delta),
+            budget=Budget(folder.path / "spend.jsonl", target_epsilon=plan.target_epsilon, delta=plan.delta),
             noise_key=lambda context: derived_key(bytes(32), context),
             repeatable_noise=True,
             features=FeatureCache(),
+            pinned=Pinned(identity, {**others, 3: card.public}, store, local_key, os.urandom),
         )
     )
 
@@ -93,28 +129,83 @@ def test_hello(subject: Client) -> None:
 
 
 def test_a_round_is_charged_and_answered(subject: Client) -> None:
-    answer = subject.ask(subject.request())
-    assert isinstance(answer, wire.Update)
-    assert (answer.site, answer.round, answer.attempt, answer.weight) == (3, 1, 1, 1.0)
-    assert answer.layout_digest == subject.site.model.layout.digest
-    assert np.isfinite(answer.vector).all() and np.abs(answer.vector).max() > 0
+    vector = subject.vector(subject.request())
+    policy = policy_of(subject.site.config, subject.site.model, subject.site.plan.round(1))
+    read = policy.codec.decode_sum(vector, 1)
+    assert read.weight == 1 and read.mean.shape == (subject.site.model.layout.size,)
+    assert 0 < np.abs(read.mean).max() < policy.codec.tensors[0].clip
     assert subject.charges == 1
+
+
+def test_ready_is_all_that_is_said(subject: Client) -> None:
+    """Not how long it took, how many records there are, nor anything of the update."""
+    content = subject.send(wire.encode(subject.request()))
+    assert dict(content.config_records["confide"]) == {"kind": "ready", "version": 2, "site": 3, "round": 1}
+    assert list(content) == ["confide"]
+
+
+def test_an_update_that_waits_is_the_answer_to_its_question(
+    subject: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was restarted asks again: nothing is computed a second time, nothing is charged."""
+    vector = subject.vector(subject.request())
+    deployed = Client(dataclasses.replace(subject.site, repeatable_noise=False))
+    monkeypatch.setattr(client.app, "train", None)
+    assert np.array_equal(deployed.vector(deployed.request()), vector)
+    assert subject.charges == 1
+
+
+def test_an_update_at_rest_is_sealed(subject: Client) -> None:
+    vector = subject.vector(subject.request())
+    stored = subject.site.waiting.read_bytes()
+    assert vector.tobytes()[:16] not in stored
+    assert subject.site.folder.stat().st_mode & 0o077 == 0
+
+
+def test_another_run_is_refused_and_not_charged(subject: Client) -> None:
+    answer = subject.ask(subject.request(run_id="another"))
+    assert answer == wire.Refusal(3, StatusCode.REFUSED_PROTOCOL) and subject.charges == 0
+
+
+def test_only_a_site_that_says_so_sends_a_plain_update(subject: Client) -> None:
+    with pytest.raises(PrivacyError, match="--insecure-plain-updates"):
+        dataclasses.replace(subject.site, pinned=None)
+    study = subject.site.config.study.model_copy(update={"plain_updates": True})
+    config = subject.site.config.model_copy(update={"study": study})
+    with pytest.raises(PrivacyError, match="--insecure-plain-updates"):
+        dataclasses.replace(subject.site, config=config)
+    plain = Client(dataclasses.replace(subject.site, config=config, pinned=None))
+    answer = plain.ask(plain.request())
+    assert isinstance(answer, wire.PlainUpdate) and np.abs(answer.vector).max() > 0
+    assert (answer.site, answer.round) == (3, 1)
+    assert answer.layout_digest == subject.site.model.layout.digest
+
+
+def test_metrics_are_charged_with_training(subject: Client) -> None:
+    section = subject.site.config.metrics.model_copy(update={"enabled": True})
+    config = subject.site.config.model_copy(update={"metrics": section})
+    plan = make_plan(config)
+    both = Client(dataclasses.replace(subject.site, config=config, plan=plan, plan_digest=plan_digest(plan)))
+    vector = both.vector(both.request())
+    policy = policy_of(config, subject.site.model, plan.round(1))
+    assert set(policy.codec.decode_sum(vector, 1).counts) == {"records", "correct", "loss"}
+    (line,) = (both.site.folder / "spend.jsonl").read_text().splitlines()
+    assert [e["steps"] for e in json.loads(line)["events"]] == [plan.round(1).steps, 1]
 
 
 def test_the_same_question_gets_the_same_answer_for_one_charge(subject: Client) -> None:
-    answers = [subject.ask(subject.request()) for _ in range(2)]
-    assert all(isinstance(answer, wire.Update) for answer in answers)
-    assert answers[0].vector.tobytes() == answers[1].vector.tobytes()  # type: ignore[union-attr]
+    first = subject.vector(subject.request())
+    subject.forget()
+    assert np.array_equal(first, subject.vector(subject.request()))
     assert subject.charges == 1
 
 
-@pytest.mark.parametrize("change", ["run_id", "attempt", "vector", "round"])
+@pytest.mark.parametrize("change", ["vector", "round"])
 def test_another_question_gets_other_noise_and_another_charge(subject: Client, change: str) -> None:
     """A server that asks twice must not be able to take the difference of two answers."""
-    other = {"run_id": "run2", "attempt": 2, "vector": moved(subject.site.model, 1), "round": 2}[change]
-    first, second = subject.ask(subject.request()), subject.ask(subject.request(**{change: other}))
-    assert isinstance(first, wire.Update) and isinstance(second, wire.Update)
-    assert np.mean(first.vector == second.vector) < 0.01
+    other = {"vector": moved(subject.site.model, 1), "round": 2}[change]
+    first, second = subject.vector(subject.request()), subject.vector(subject.request(**{change: other}))
+    assert np.mean(first == second) < 0.01 + 1 / len(first)
     assert subject.charges == 2
 
 
@@ -122,9 +213,9 @@ def test_fresh_noise_is_charged_again(subject: Client, monkeypatch: pytest.Monke
     keys = iter([bytes(32), bytes([1] * 32)])
     fresh = dataclasses.replace(subject.site, repeatable_noise=False, noise_key=lambda _: next(keys))
     deployed = Client(fresh)
-    first, second = deployed.ask(deployed.request()), deployed.ask(deployed.request())
-    assert isinstance(first, wire.Update) and isinstance(second, wire.Update)
-    assert not np.array_equal(first.vector, second.vector)
+    first = deployed.vector(deployed.request())
+    deployed.forget()
+    assert not np.array_equal(first, deployed.vector(deployed.request()))
     assert deployed.charges == 2
 
 
@@ -168,9 +259,10 @@ def test_a_vector_that_cannot_be_trained_from_is_not_charged(subject: Client, fa
     [
         wire.Hello(0),
         wire.Refusal(1, StatusCode.FAILED_DATA),
-        wire.Update(3, 1, 1, "0", 1.0, np.ones(2, "f4")),
+        wire.Ready(3, 1),
+        wire.PlainUpdate(3, 1, "0", np.ones(2, "f4")),
     ],
-    ids=["hello", "refusal", "update"],
+    ids=["hello", "refusal", "ready", "update"],
 )
 @pytest.mark.usefixtures("no_training")
 def test_only_a_train_request_trains(subject: Client, message: wire.Message) -> None:
@@ -208,8 +300,8 @@ def test_a_charge_that_is_not_written_stops_everything(
 
 
 def test_a_spent_budget_refuses(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    for attempt in range(1, 50):
-        answer = subject.ask(subject.request(attempt=attempt))
+    for seed in range(1, 50):
+        answer = subject.ask(subject.request(vector=moved(subject.site.model, seed)))
         if isinstance(answer, wire.Refusal):
             break
     assert answer == wire.Refusal(3, StatusCode.REFUSED_BUDGET)
@@ -261,10 +353,10 @@ def test_a_log_that_cannot_be_written_leaks_nothing(subject: Client, monkeypatch
 
 def test_other_records_are_another_charge(subject: Client) -> None:
     """One key over two versions of the data would give their difference without noise."""
-    first = subject.ask(subject.request())
+    subject.vector(subject.request())
+    subject.forget()
     fewer = dataclasses.replace(subject.site, shard=Shard(subject.site.shard.examples, np.arange(49)))
-    second = Client(fewer).ask(subject.request())
-    assert isinstance(first, wire.Update) and isinstance(second, wire.Update)
+    Client(fewer).vector(subject.request())
     assert subject.charges == 2
 
 
@@ -274,5 +366,5 @@ def test_a_study_without_privacy_is_charged_nothing(subject: Client) -> None:
     study = Client(
         dataclasses.replace(subject.site, plan=dataclasses.replace(plan, rounds=rounds, private=False))
     )
-    assert isinstance(study.ask(study.request()), wire.Update)
+    study.vector(study.request())
     assert study.charges == 0

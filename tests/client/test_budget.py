@@ -22,7 +22,7 @@ EVENT = SampledGaussianEvent(0.1, 1.0, 5, 0.5, 10)
 
 
 def charge(round_number: int, attempt: int = 1, event: SampledGaussianEvent = EVENT) -> Charge:
-    return Charge(round_number, attempt, f"{round_number:04x}{attempt:04x}" * 8, event)
+    return Charge(round_number, f"{round_number:04x}{attempt:04x}" * 8, (event,))
 
 
 def open_budget(path: Path, target: float = 100.0) -> Budget:
@@ -49,7 +49,9 @@ def test_a_charge_is_on_disk_when_reserve_returns(path: Path, monkeypatch: pytes
     assert path.read_bytes() in synced
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]
-    assert [SampledGaussianEvent.from_json(line["event"]) for line in lines] == [EVENT, EVENT]
+    assert [SampledGaussianEvent.from_json(event) for line in lines for event in line["events"]] == [
+        EVENT
+    ] * 2
 
 
 def test_the_first_charge_survives_a_power_cut(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,18 +112,18 @@ def test_a_torn_tail_is_cut_off_wherever_it_tore(path: Path, monkeypatch: pytest
         assert len(open_budget(path).events) == acknowledged + 1, cut
 
 
-LINE = {"round": 1, "attempt": 1, "context": "00", "event": EVENT.to_json()}
+LINE = {"round": 1, "context": "00", "events": [EVENT.to_json()]}
 BAD_LINES: dict[str, bytes] = {
     "bad_empty": b"",
     "bad_not_json": b"round 1",
     "bad_not_text": b"\xff\xfe",
     "bad_list": json.dumps([LINE]).encode(),
-    "bad_no_event": json.dumps({k: v for k, v in LINE.items() if k != "event"}).encode(),
+    "bad_no_event": json.dumps({k: v for k, v in LINE.items() if k != "events"}).encode(),
     "bad_extra_field": json.dumps({**LINE, "note": 1}).encode(),
     "bad_missing_field": json.dumps({k: v for k, v in LINE.items() if k != "context"}).encode(),
-    "bad_noise": json.dumps({**LINE, "event": {**EVENT.to_json(), "noise_multiplier": 0}}).encode(),
-    "bad_event_kind": json.dumps({**LINE, "event": {**EVENT.to_json(), "mechanism": "none"}}).encode(),
-    "bad_event_null": json.dumps({**LINE, "event": None}).encode(),
+    "bad_noise": json.dumps({**LINE, "events": [{**EVENT.to_json(), "noise_multiplier": 0}]}).encode(),
+    "bad_event_kind": json.dumps({**LINE, "events": [{**EVENT.to_json(), "mechanism": "none"}]}).encode(),
+    "bad_event_null": json.dumps({**LINE, "events": None}).encode(),
 }
 
 
@@ -172,16 +174,17 @@ def test_repeating_a_repeatable_charge_is_free(path: Path) -> None:
     [
         charge(2),
         charge(1, attempt=2),
-        Charge(1, 1, "another context", EVENT),
-        Charge(1, 1, charge(1).context, SampledGaussianEvent(0.1, 2.0, 5, 0.5, 10)),
+        Charge(1, "another context", (EVENT,)),
+        Charge(1, charge(1).context, (SampledGaussianEvent(0.1, 2.0, 5, 0.5, 10),)),
+        Charge(1, charge(1).context, (EVENT, EVENT)),
     ],
-    ids=["round", "attempt", "context", "event"],
+    ids=["round", "attempt", "context", "event", "events"],
 )
 def test_anything_else_is_a_charge_of_its_own(path: Path, other: Charge) -> None:
     budget = open_budget(path)
     budget.reserve(charge(1), repeatable=True)
     budget.reserve(other, repeatable=True)
-    assert len(budget.events) == len(open_budget(path).events) == 2
+    assert budget.events == open_budget(path).events == [EVENT, *other.events]
 
 
 def test_fresh_noise_is_charged_each_time(path: Path) -> None:

@@ -50,7 +50,7 @@ def test_defaults(tmp_path: Path) -> None:
     [
         ("[privacy]\ntarget_epsilo = 3\n", "privacy.target_epsilon"),
         ("[training]\nlearning_rat = 3\n", "training.learning_rate"),
-        ("[sever]\nmin_sites = 3\n", "server"),
+        ("[sever]\nfraction = 0.5\n", "server"),
         ("[privacy]\nepsilon = 3\n", "privacy.target_epsilon"),
     ],
 )
@@ -114,7 +114,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
             ["warmup.rounds=1", "model.head=mean", "privacy.target_epsilon=2"],
             "less than privacy.target_epsilon",
         ),
-        (["server.min_sites=9"], "at most sites.count = 8"),
+        (["server.give_up_after=-1"], "server.give_up_after"),
     ],
 )
 def test_keys_that_do_not_fit_together(tmp_path: Path, overrides: list[str], message: str) -> None:

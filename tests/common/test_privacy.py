@@ -228,15 +228,15 @@ def test_too_little_noise_is_refused() -> None:
     with pytest.raises(PrivacyError, match=r"at least 0\.2"):
         epsilon_rdp([event(0.1, 1e-160, 1)], DELTA)
     with pytest.raises(BudgetError):  # finite, and beyond all that anyone would allow
-        check_spend([], event(0.1, 0.01, 1), target_epsilon=100, delta=DELTA)
+        check_spend([], [event(0.1, 0.01, 1)], target_epsilon=100, delta=DELTA)
 
 
 def test_a_charge_over_the_target_is_refused_and_says_by_how_much() -> None:
     spent, charge = [event(0.1, 1.0, 10)] * 3, event(0.1, 1.0, 10)
     after = epsilon_rdp([*spent, charge], DELTA)
-    assert check_spend(spent, charge, target_epsilon=after, delta=DELTA) == after
+    assert check_spend(spent, [charge], target_epsilon=after, delta=DELTA) == after
     with pytest.raises(BudgetError, match=f"to {after:.4f}"):
-        check_spend(spent, charge, target_epsilon=after - 1e-9, delta=DELTA)
+        check_spend(spent, [charge], target_epsilon=after - 1e-9, delta=DELTA)
 
 
 @given(

@@ -15,23 +15,33 @@ from hypothesis.extra import numpy as npst
 
 from common import wire
 from common.errors import ProtocolError, StatusCode
+from common.secagg.messages import AdvertiseRequest, ConsistReply, ConsistRequest, MaskReply
 
 VECTORS = npst.arrays(np.float32, st.integers(1, 20), elements=st.floats(width=32, allow_nan=False))
 NUMBERS = st.integers(1, 2**32 - 1)
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)
+HASHES = st.binary(min_size=32, max_size=32)
 MESSAGES = st.one_of(
     st.builds(wire.Hello, st.integers(0, 2**32 - 1)),
-    st.builds(wire.TrainRequest, TEXTS, NUMBERS, NUMBERS, TEXTS, TEXTS, VECTORS),
-    st.builds(wire.Update, NUMBERS, NUMBERS, NUMBERS, TEXTS, st.floats(1e-300, 1e300), VECTORS),
+    st.builds(wire.TrainRequest, TEXTS, NUMBERS, TEXTS, TEXTS, VECTORS),
+    st.builds(wire.Ready, NUMBERS, NUMBERS),
+    st.builds(wire.PlainUpdate, NUMBERS, NUMBERS, TEXTS, VECTORS),
+    st.builds(ConsistRequest, HASHES, st.lists(NUMBERS, max_size=5).map(tuple)),
+    st.builds(MaskReply, HASHES, NUMBERS, npst.arrays("<u4", st.integers(1, 20))),
     st.builds(wire.Refusal, st.integers(0, 2**32 - 1), st.sampled_from(StatusCode)),
 )
 EXAMPLES: dict[str, wire.Message] = {
     "hello": wire.Hello(3),
-    "train": wire.TrainRequest("run", 2, 1, "a" * 64, "b" * 64, np.arange(5, dtype=np.float32)),
-    "update": wire.Update(3, 2, 1, "b" * 64, 1.0, np.arange(5, dtype=np.float32)),
+    "train": wire.TrainRequest("run", 2, "a" * 64, "b" * 64, np.arange(5, dtype=np.float32)),
+    "ready": wire.Ready(3, 2),
+    "plain-update": wire.PlainUpdate(3, 2, "b" * 64, np.arange(5, dtype=np.float32)),
     "refusal": wire.Refusal(3, StatusCode.REFUSED_BUDGET),
+    "advertise-request": AdvertiseRequest(b"run", 2, 1, (1, 2, 3), bytes(32), bytes(32), bytes(32)),
+    "mask-reply": MaskReply(bytes(32), 3, np.arange(5, dtype="<u4")),
+    "consist-reply": ConsistReply(bytes(32), 3, bytes(64)),
 }
-WITH_VECTOR = ("train", "update")
+WITH_VECTOR = ("train", "plain-update")
+WITH_BODY = ("advertise-request", "mask-reply", "consist-reply")
 FIELDS = [(kind, name) for kind in EXAMPLES for name in wire.encode(EXAMPLES[kind])["confide"]]
 
 
@@ -70,8 +80,8 @@ def test_round_trip(message: wire.Message) -> None:
 
 def test_a_vector_arrives_bit_for_bit_and_is_the_receiver_s_own() -> None:
     sent = np.array([0.1, -0.0, 3e38, 1e-45], dtype=np.float32)
-    message = wire.decode(wire.encode(wire.Update(1, 1, 1, "x", 1.0, sent)))
-    assert isinstance(message, wire.Update)
+    message = wire.decode(wire.encode(wire.PlainUpdate(1, 1, "x", sent)))
+    assert isinstance(message, wire.PlainUpdate)
     assert message.vector.tobytes() == sent.tobytes()
     message.vector[0] = 9
     assert sent[0] == np.float32(0.1)
@@ -100,7 +110,8 @@ def test_every_field_has_one_type(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        ("hello", "version", 2),
+        ("hello", "version", 1),
+        ("hello", "version", 3),
         ("hello", "kind", "goodbye"),
         ("hello", "kind", "train"),
         ("refusal", "code", "a sentence about a record"),
@@ -108,12 +119,12 @@ def test_every_field_has_one_type(kind: str, name: str) -> None:
         ("train", "run_id", "x" * 65),
         ("train", "plan_digest", "x" * 65),
         ("train", "round", 0),
-        ("train", "attempt", 2**32),
-        ("update", "site", 0),
-        ("update", "weight", 0.0),
-        ("update", "weight", -1.0),
-        ("update", "weight", float("inf")),
-        ("update", "weight", float("nan")),
+        ("train", "round", 2**32),
+        ("ready", "site", 0),
+        ("ready", "round", 2**32),
+        ("plain-update", "site", 0),
+        ("consist-reply", "kind", "mask-reply"),
+        ("consist-reply", "kind", "framed"),
     ],
 )
 def test_values_out_of_range_are_refused(kind: str, name: str, value: Any) -> None:
@@ -123,7 +134,7 @@ def test_values_out_of_range_are_refused(kind: str, name: str, value: Any) -> No
 
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_nothing_may_be_added(kind: str) -> None:
-    vector = wire.encode(EXAMPLES["update"])["vector"]
+    vector = wire.encode(EXAMPLES["plain-update"])["array"]
     for name, record in {
         "more": ConfigRecord({"a": 1}),
         "metrics": MetricRecord({"loss": 0.5}),
@@ -137,11 +148,11 @@ def test_nothing_may_be_added(kind: str) -> None:
         wire.decode(with_fields(kind, {**fields(kind), "note": "x"}))
 
 
-@pytest.mark.parametrize("kind", ["hello", "refusal"])
-def test_a_vector_where_none_belongs_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["hello", "ready", "refusal"])
+def test_an_array_where_none_belongs_is_refused(kind: str) -> None:
     content = wire.encode(EXAMPLES[kind])
-    content["vector"] = wire.encode(EXAMPLES["update"])["vector"]
-    with pytest.raises(ProtocolError, match="no vector"):
+    content["array"] = wire.encode(EXAMPLES["plain-update"])["array"]
+    with pytest.raises(ProtocolError, match="no array"):
         wire.decode(content)
 
 
@@ -162,22 +173,43 @@ BAD_ARRAYS: dict[str, Array] = {
 @pytest.mark.parametrize("name", BAD_ARRAYS)
 def test_a_vector_of_another_form_is_refused(kind: str, name: str) -> None:
     content = wire.encode(EXAMPLES[kind])
-    content["vector"] = ArrayRecord({"vector": BAD_ARRAYS[name]})
+    content["array"] = ArrayRecord({"array": BAD_ARRAYS[name]})
     with pytest.raises(ProtocolError):
         wire.decode(content)
 
 
-@pytest.mark.parametrize("kind", WITH_VECTOR)
-@pytest.mark.parametrize("names", [(), ("other",), ("vector", "other")])
-def test_exactly_one_vector(kind: str, names: tuple[str, ...]) -> None:
-    array = wire.encode(EXAMPLES[kind]).array_records["vector"]["vector"]
+@pytest.mark.parametrize("kind", WITH_VECTOR + WITH_BODY)
+@pytest.mark.parametrize("names", [(), ("other",), ("array", "other")])
+def test_exactly_one_array(kind: str, names: tuple[str, ...]) -> None:
+    array = wire.encode(EXAMPLES[kind]).array_records["array"]["array"]
     content = wire.encode(EXAMPLES[kind])
-    content["vector"] = ArrayRecord(dict.fromkeys(names, array))
-    with pytest.raises(ProtocolError, match="exactly one vector"):
+    content["array"] = ArrayRecord(dict.fromkeys(names, array))
+    with pytest.raises(ProtocolError, match="exactly one array"):
         wire.decode(content)
-    del content["vector"]
-    with pytest.raises(ProtocolError, match="exactly one vector"):
+    del content["array"]
+    with pytest.raises(ProtocolError, match="exactly one array"):
         wire.decode(content)
+
+
+@pytest.mark.parametrize("kind", WITH_BODY)
+def test_a_body_may_not_be_longer_than_expected(kind: str) -> None:
+    content = wire.encode(EXAMPLES[kind])
+    size = len(content.array_records["array"]["array"].data)
+    assert wire.decode(content, size) == EXAMPLES[kind]
+    with pytest.raises(ProtocolError, match=f"at most {size - 1}"):
+        wire.decode(content, size - 1)
+
+
+def test_the_ten_messages_of_secure_aggregation_have_kinds_of_their_own() -> None:
+    kinds = {fields(kind)["kind"] for kind in EXAMPLES} | {"share-request", "unmask-reply"}
+    assert set(wire._SECAGG) > {"advertise-request", "share-request", "mask-reply", "unmask-reply"}
+    assert len(wire._SECAGG) == 10 and kinds - set(wire._SECAGG) == {
+        "hello",
+        "train",
+        "ready",
+        "plain-update",
+        "refusal",
+    }
 
 
 def test_random_mutations_are_refused_or_mean_what_they_say() -> None:
@@ -200,7 +232,19 @@ def test_random_mutations_are_refused_or_mean_what_they_say() -> None:
 
 def any_value(rng: random.Random) -> Any:
     numbers = (0, 1, 7, -1, 2**32, 2**63 - 1, 0.0, 1.0, -1.5, float("nan"), float("inf"), True)
-    texts = ("", "x", "é" * 80, "hello", "train", "update", "refusal", "failed-data", b"", b"\xff")
+    texts = (
+        "",
+        "x",
+        "é" * 80,
+        "hello",
+        "train",
+        "ready",
+        "mask-reply",
+        "refusal",
+        "failed-data",
+        b"",
+        b"\xff",
+    )
     return rng.choice([*numbers, *texts, [], [1], ["x"], [0.5], [b"x"]])
 
 
@@ -218,14 +262,14 @@ def remove_field(rng: random.Random, content: RecordDict) -> None:
 def move_record(rng: random.Random, content: RecordDict) -> None:
     if content:
         name = rng.choice(list(content))
-        content[rng.choice(["confide", "vector", "", "other"])] = content.pop(name)
+        content[rng.choice(["confide", "array", "", "other"])] = content.pop(name)
 
 
 def add_record(rng: random.Random, content: RecordDict) -> None:
     extra: Any = rng.choice(
         [ConfigRecord({"a": 1}), MetricRecord({"a": 1.0}), ArrayRecord({}), ConfigRecord({})]
     )
-    content[rng.choice(["more", "vector", "confide"])] = extra
+    content[rng.choice(["more", "array", "confide"])] = extra
 
 
 def change_array(rng: random.Random, content: RecordDict) -> None:
@@ -252,5 +296,5 @@ MUTATIONS: list[Callable[[random.Random, RecordDict], None]] = [
 
 def test_payload_counts_the_numbers_and_little_else() -> None:
     for size in (1, 1000):
-        content = wire.encode(wire.Update(1, 1, 1, "b" * 64, 1.0, np.ones(size, dtype=np.float32)))
+        content = wire.encode(wire.PlainUpdate(1, 1, "b" * 64, np.ones(size, dtype=np.float32)))
         assert 4 * size < wire.payload_bytes(content) < 4 * size + 300

@@ -44,7 +44,10 @@ FAULTS: list[Fault] = [
     ("a device that hides", ['run.device="meta"'], ModelError, "run.device"),
     ("a flag that is text", ['adapter.train_head="yes"'], ConfigError, "adapter.train_head"),
     ("a seed without bounds", ["run.seed=1180591620717411303424"], ConfigError, "run.seed"),
-    ("min_sites above count", ["server.min_sites=9"], ConfigError, "server.min_sites"),
+    ("min_cohort above count", ["aggregation.min_cohort=9"], ConfigError, "aggregation.min_cohort"),
+    ("two sites", ["sites.count=2", "sites.partition=iid"], ConfigError, "--insecure-plain-updates"),
+    ("min_cohort of two", ["aggregation.min_cohort=2"], ConfigError, "3*c_max + 1"),
+    ("too many colluders", ["aggregation.c_max=2"], ConfigError, "3*c_max + 1"),
     ("warm-up without its head", ['model.head="default"'], ConfigError, "warmup.rounds"),
 ]
 

@@ -60,9 +60,11 @@ def test_a_run_leaves_all_that_it_promises(config: Path, tmp_path: Path) -> None
     assert list((run / "tensorboard").glob("events.*"))
     assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
     assert summary["epsilon_pld_max"] <= summary["epsilon_rdp_max"] <= 8.0
-    assert not summary["secure_aggregation"]
+    assert summary["secure_aggregation"] is True
     assert len(summary["accuracy_by_group"]) == 3
-    assert "in the clear" in (run / "report.html").read_text()
+    text = (run / "report.html").read_text()
+    assert "Who sees what" in text and "in the clear" not in text
+    assert "secure: the server learnt sums" in (run / "adapter" / "README.md").read_text()
     # The secret of the noise is nowhere else.
     secret = (run / "secret.key").read_bytes()
     for path in run.resolve().rglob("*"):
@@ -78,7 +80,7 @@ def test_epsilon_is_what_the_events_say(config: Path, tmp_path: Path) -> None:
     for line in (tmp_path / "runs" / "tiny" / "events.jsonl").read_text().splitlines():
         item = json.loads(line)
         if item["kind"] == "site":
-            events.setdefault(item["site"], []).append(SampledGaussianEvent.from_json(item["event"]))
+            events.setdefault(item["site"], []).extend(map(SampledGaussianEvent.from_json, item["events"]))
     worst = max(epsilon_rdp(e, summary["delta"]) for e in events.values())
     assert worst == pytest.approx(summary["epsilon_rdp_max"], abs=1e-9)
     assert all(sum(e.steps for e in site) == 3 + 3 * 2 for site in events.values())
@@ -207,19 +209,25 @@ def test_killed_at_thirty_random_points(config: Path, tmp_path: Path) -> None:
 
 def test_study_switches_stamp_everything(config: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
+    plain = json.loads(invoke("simulate", config, "--runs", runs, "--json", "--insecure-plain-updates"))
+    assert plain["private"] and not plain["secure_aggregation"]
+    for file in ("report.html", "adapter/README.md"):
+        assert "in the clear (--insecure-plain-updates)" in (runs / "tiny" / file).read_text()
     for switch in (["--insecure-no-privacy"], ["--study-noise-seed", "7"]):
         summary = json.loads(invoke("simulate", config, "--runs", runs, "--json", *switch))
         assert not summary["private"]
         assert "NOT PRIVATE" in summary["privacy_statement"]
         assert "NOT PRIVATE" in (runs / "tiny" / "adapter" / "README.md").read_text()
         assert "NOT PRIVATE" in (runs / "tiny" / "report.html").read_text()
-    first = load_file(runs / "tiny-2" / "adapter" / "adapter_model.safetensors")
+    first = load_file(runs / "tiny-3" / "adapter" / "adapter_model.safetensors")
     invoke("simulate", config, "--runs", runs, "--json", "--study-noise-seed", "7")
-    again = load_file(runs / "tiny-3" / "adapter" / "adapter_model.safetensors")
+    again = load_file(runs / "tiny-4" / "adapter" / "adapter_model.safetensors")
     assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("key", ["privacy.insecure_disabled=true", "study.noise_seed=1"])
+@pytest.mark.parametrize(
+    "key", ["privacy.insecure_disabled=true", "study.noise_seed=1", "study.plain_updates=true"]
+)
 def test_no_file_and_no_override_turns_privacy_off(config: Path, key: str) -> None:
     with pytest.raises(ConfideError, match="command line"):
         invoke("simulate", config, "--set", key)
@@ -274,7 +282,7 @@ method = "rolora"
 train = "{data_file}"
 prompt = "prompt"
 [sites]
-count = 2
+count = 3
 [privacy]
 delta = 1e-3
 sample_rate = 0.5

@@ -19,7 +19,7 @@ def simulate(tmp_path: Path, model: Path, train: Path, sections: dict[str, dict[
         "run": {"rounds": 4, "threads": 1},
         "model": {"name": str(model), "max_length": 32},
         "data": {"train": str(train)},
-        "sites": {"count": 2},
+        "sites": {"count": 3},
         "privacy": {"target_epsilon": 500.0, "sample_rate": 0.5, "delta": 1e-3},
         "training": {"local_steps": 6, "learning_rate": 0.05, "optimizer": "adam"},
         "evaluation": {"every": 0, "decoded": 8},

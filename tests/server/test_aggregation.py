@@ -73,28 +73,21 @@ def test_federated_averaging_is_the_mean() -> None:
     vectors = rng.normal(size=(7, 5)).astype(np.float32)
     total = PlainSum(5)
     for vector in vectors:
-        total.add(vector, 1.0)
+        total.add(vector)
     after, _ = step(np.zeros(5, "f4"), total.mean(), np.arange(5), OptimizerState.zero(5), ServerSection())
     assert np.allclose(after, vectors.mean(axis=0), rtol=1e-6)
-
-
-def test_weights() -> None:
-    total = PlainSum(2)
-    total.add(np.array([1, 2], dtype=np.float32), 3.0)
-    total.add(np.array([5, -2], dtype=np.float32), 1.0)
-    assert total.mean().tolist() == [2.0, 1.0]
 
 
 def test_a_thousand_updates_lose_nothing_to_rounding() -> None:
     total = PlainSum(1)
     for _ in range(100_000):
-        total.add(np.array([0.1], dtype=np.float32), 1.0)
+        total.add(np.array([0.1], dtype=np.float32))
     assert total.mean()[0] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
 def test_what_cannot_be_summed_is_refused_and_not_half_added() -> None:
     total = PlainSum(3)
-    total.add(np.ones(3, dtype=np.float32), 1.0)
+    total.add(np.ones(3, dtype=np.float32))
     for bad in (
         np.ones(2, "f4"),
         np.ones((3, 1), "f4"),
@@ -102,7 +95,7 @@ def test_what_cannot_be_summed_is_refused_and_not_half_added() -> None:
         np.full(3, np.inf, "f4"),
     ):
         with pytest.raises(ProtocolError):
-            total.add(bad, 1.0)
+            total.add(bad)
     assert total.mean().tolist() == [1, 1, 1]
 
 

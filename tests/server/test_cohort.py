@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from common import wire
-from common.config import ServerSection
+from common.config import RunConfig, parse_config
 from common.errors import RoundError, StatusCode
 from server import cohort
 from server.cohort import Failure, Reply
@@ -96,8 +96,11 @@ def silent(_: Message) -> None:
     return None
 
 
-def update(site: int) -> wire.Update:
-    return wire.Update(site, 1, 1, "x", 1.0, np.ones(3, dtype=np.float32))
+def update(site: int) -> wire.PlainUpdate:
+    return wire.PlainUpdate(site, 1, "x", np.ones(3, dtype=np.float32))
+
+
+DOWN = wire.payload_bytes(wire.encode(wire.Hello(0)))
 
 
 def ask(grid: FakeGrid, deadline: float = 5.0) -> dict[int, Reply | Failure]:
@@ -146,7 +149,7 @@ def test_errors_are_mapped_by_the_message_that_they_answer() -> None:
     """All errors claim to come from node 1; node 1 itself answered well."""
     found = ask(FakeGrid({1: says(update(1)), 2: fails(3), 3: fails(4)}))
     assert isinstance(found[1], Reply)
-    assert found[2] == Failure(2, "transport-3") and found[3] == Failure(3, "transport-4")
+    assert found[2] == Failure(2, "transport-3", DOWN) and found[3] == Failure(3, "transport-4", DOWN)
 
 
 def test_an_answer_to_another_question_or_a_second_one_is_not_counted() -> None:
@@ -157,7 +160,7 @@ def test_an_answer_to_another_question_or_a_second_one_is_not_counted() -> None:
     grid.nodes[2] = lambda m: Message(wire.encode(update(2)), reply_to=stale)
     grid._due.append((0, Message(wire.encode(update(9)), reply_to=stale)))
     found = ask(grid)
-    assert isinstance(found[1], Reply) and found[2] == Failure(2, "deadline")
+    assert isinstance(found[1], Reply) and found[2] == Failure(2, "deadline", DOWN)
     again = answer_twice(grid.sent[0])
     assert again is not None
     grid._due.append((0, again))
@@ -212,8 +215,18 @@ def test_two_nodes_of_one_name_are_refused() -> None:
 class TestSampling:
     SITES = (9, 3, 5, 1, 7, 2, 8, 4, 6, 10)
 
-    def drawn(self, round_number: int, seed: int = 0, **server: Any) -> list[int]:
-        return cohort.sample(self.SITES, ServerSection(**server), seed, round_number)
+    def config(self, fraction: float = 1.0, least: int = 2, seed: int = 0) -> RunConfig:
+        keys: dict[str, Any] = {
+            "run": {"seed": seed},
+            "model": {"name": "x"},
+            "data": {"sample": "x"},
+            "server": {"fraction": fraction},
+            "aggregation": {"min_cohort": least},
+        }
+        return parse_config(keys, source="a test")
+
+    def drawn(self, round_number: int, **changes: Any) -> list[int]:
+        return cohort.sample(self.SITES, self.config(**changes), round_number)
 
     def test_all_by_default_in_order(self) -> None:
         assert self.drawn(1) == sorted(self.SITES)
@@ -222,7 +235,7 @@ class TestSampling:
         ("fraction", "least", "count"), [(0.5, 2, 5), (0.01, 2, 2), (0.2, 7, 7), (1, 10, 10)]
     )
     def test_counts(self, fraction: float, least: int, count: int) -> None:
-        drawn = self.drawn(1, fraction=fraction, min_sites=least)
+        drawn = self.drawn(1, fraction=fraction, least=least)
         assert len(drawn) == len(set(drawn)) == count and set(drawn) <= set(self.SITES)
         assert drawn == sorted(drawn)
 
@@ -235,9 +248,9 @@ class TestSampling:
         assert counts.min() > 5  # nobody is left out
 
     def test_the_order_of_the_roll_call_does_not_matter(self) -> None:
-        config = ServerSection(fraction=0.4)
-        assert cohort.sample(sorted(self.SITES), config, 0, 3) == cohort.sample(self.SITES, config, 0, 3)
+        config = self.config(fraction=0.4)
+        assert cohort.sample(sorted(self.SITES), config, 3) == cohort.sample(self.SITES, config, 3)
 
     def test_too_few_live_sites(self) -> None:
         with pytest.raises(RoundError, match="only 10 sites are live"):
-            self.drawn(1, min_sites=11)
+            self.drawn(1, least=11)

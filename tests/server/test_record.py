@@ -12,11 +12,11 @@ from server.record import RoundEvent, RunFolder, SiteRound
 
 
 def site_round(round_number: int, site: int, status: str = "ok") -> SiteRound:
-    return SiteRound(round_number, site, status, 100, 200, {"steps": 3} if status == "ok" else None)
+    return SiteRound(round_number, site, status, 100, 200, [{"steps": 3}] if status == "ok" else [])
 
 
 def round_event(round_number: int, answered: int = 2) -> RoundEvent:
-    return RoundEvent(round_number, "all", 2, answered, True, 0.5, None, 10, 1.25)
+    return RoundEvent(round_number, "all", 2, 2, answered, True, 0.5, None, 10, 1.25, None)
 
 
 @pytest.fixture

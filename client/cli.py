@@ -1,0 +1,216 @@
+"""`confide client`: make a site's identity, pin the federation's roster, and look at both."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from client.identity import SiteFolder
+
+app = typer.Typer(
+    help="Set up one site: its identity, and the federation that it takes part in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+@app.command()
+def init(
+    folder: Folder,
+    name: Annotated[
+        str | None, typer.Option(help="The site's name. None: the folder's.", show_default=False)
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="Encrypt identity.pem with the first line of this file.", show_default=False),
+    ] = None,
+    ask_passphrase: Annotated[
+        bool, typer.Option("--ask-passphrase", help="Encrypt identity.pem; ask for the passphrase here.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a site's identity: two secret keys that never leave FOLDER, and the card to hand in.
+
+    Send FOLDER/site.pub to the federation's people and read them the fingerprint that is printed, over a
+    channel of its own, such as the telephone. Exit code 2: FOLDER has an identity already (none is ever
+    overwritten), the name cannot be one, or the passphrase has fewer than 12 bytes.
+    """
+    import os
+
+    from client.identity import SiteFolder, create_site
+
+    place = SiteFolder(folder)
+    passphrase = _passphrase(passphrase_file, ask_passphrase)
+    card = create_site(place, name if name is not None else folder.resolve().name, os.urandom, passphrase)
+    finger = _finger(card.public)
+    if as_json:
+        fields = {"name": card.name, "public": card.public.hex(), "fingerprint": finger}
+        _print_json({**fields, "encrypted": passphrase is not None, "files": _modes(place)})
+        return
+    _say(
+        f"site: {card.name}",
+        f"fingerprint: {finger}",
+        f"secret: {place.identity} ({'under a passphrase' if passphrase else 'no passphrase'}), "
+        f"{place.local_key} (mode 0600; show them to nobody)",
+        f"next: send {place.card} to the federation's people and read them the fingerprint over a channel of",
+        "      its own. They send back roster.json and read you theirs; then run",
+        f"      confide client pin {folder} roster.json --authority THEIR-FINGERPRINT",
+    )
+
+
+@app.command()
+def pin(
+    folder: Folder,
+    roster: Annotated[Path, typer.Argument(metavar="ROSTER.json", help="The roster that you were sent.")],
+    authority: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FINGERPRINT",
+            help="The authority's fingerprint, or its key in hex. Needed the first time.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pin a roster: from now on this site takes part with these sites, under these keys, and no others.
+
+    The first time, --authority says whose signature counts: take the fingerprint from the federation's
+    people themselves, not from where the roster came from. It is pinned too, and later rosters must be
+    signed by it and only move forward. Exit codes: 2 not a roster, or this site is not in it; 6 signed by
+    another authority, or older than the pinned one.
+    """
+    from client import identity
+
+    pinned = identity.pin(identity.SiteFolder(folder), roster, authority)
+    if as_json:
+        _print_json(_describe(identity.SiteFolder(folder)))
+        return
+    _say(
+        f"pinned: {pinned.roster.federation}, roster version {pinned.roster.version}, "
+        f"{_count(len(pinned.roster.members))}",
+        f"authority: {_finger(pinned.roster.authority)}",
+        f"this site: {pinned.member.id}, {pinned.member.name}",
+    )
+
+
+@app.command()
+def show(folder: Folder, as_json: AsJson = False) -> None:
+    """Show a site's id, name and fingerprint, what it has pinned, and whether its files are private.
+
+    What is pinned is verified again. Nothing secret is read. Exit codes: 2 no identity there; 6 the pinned
+    roster is not signed by the pinned authority.
+    """
+    from client.identity import SiteFolder
+
+    fields = _describe(SiteFolder(folder))
+    if as_json:
+        _print_json(fields)
+        return
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    table.add_row("site", "not enrolled here yet" if fields["id"] is None else str(fields["id"]))
+    table.add_row("name", escape(fields["name"]))
+    table.add_row("fingerprint", fields["fingerprint"])
+    if fields["pinned"] is None:
+        table.add_row("roster", "none pinned: confide client pin")
+    else:
+        pinned = fields["pinned"]
+        table.add_row("federation", escape(pinned["federation"]))
+        table.add_row("roster", f"version {pinned['version']}, {_count(pinned['members'])}")
+        table.add_row("authority", pinned["authority_fingerprint"])
+    for name, mode in fields["files"].items():
+        exposed = name in fields["exposed"]
+        note = "[bold red]others may read it: chmod 600[/]" if exposed else ""
+        table.add_row(name, f"{mode or 'missing'} {note}".rstrip())
+    Console(highlight=False).print(table)
+
+
+def _describe(place: SiteFolder) -> dict[str, Any]:
+    from client.identity import NotPinnedError, load_pinned
+    from common.identity import load_card
+
+    card = load_card(place.card)
+    try:
+        pinned = load_pinned(place)
+    except NotPinnedError:
+        pinned = None
+    modes = _modes(place)
+    return {
+        "id": pinned.member.id if pinned else None,
+        "name": card.name,
+        "public": card.public.hex(),
+        "fingerprint": _finger(card.public),
+        "pinned": {
+            "federation": pinned.roster.federation,
+            "version": pinned.roster.version,
+            "members": len(pinned.roster.members),
+            "authority": pinned.roster.authority.hex(),
+            "authority_fingerprint": _finger(pinned.roster.authority),
+        }
+        if pinned
+        else None,
+        "files": modes,
+        "exposed": [
+            path.name
+            for path in (place.identity, place.local_key)
+            if (mode := modes[path.name]) is not None and int(mode, 8) & 0o077
+        ],
+    }
+
+
+def _modes(place: SiteFolder) -> dict[str, str | None]:
+    """Each file's permission bits in octal; None where it is missing."""
+    paths = (place.identity, place.local_key, place.card, place.authority, place.roster)
+    return {
+        path.name: f"{stat.S_IMODE(path.stat().st_mode):04o}" if path.exists() else None for path in paths
+    }
+
+
+def _passphrase(file: Path | None, ask: bool) -> bytes | None:
+    """From a file's first line or from the keyboard. It is in no message and no argument list."""
+    if file is not None and ask:
+        raise ConfigError("--passphrase-file and --ask-passphrase exclude each other: give one")
+    if ask:
+        asked: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)
+        return asked.encode()
+    if file is None:
+        return None
+    if not file.exists():
+        raise ConfigError(f"{file} is not there: --passphrase-file must be a file with the passphrase")
+    with file.open("rb") as opened:
+        return opened.readline(4096).rstrip(b"\r\n")
+
+
+def _count(members: int) -> str:
+    return f"{members:,} member{'s' if members != 1 else ''}"
+
+
+def _finger(public: bytes) -> str:
+    from common.identity import fingerprint
+
+    return fingerprint(public)
+
+
+def _say(*lines: str) -> None:
+    """Plain lines: nothing in them is markup, and none is wrapped, so that they can be copied."""
+    for line in lines:
+        print(line)
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields, indent=2))

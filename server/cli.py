@@ -1,0 +1,185 @@
+"""`confide server`: found a federation, enroll its sites, and look at its roster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from common.roster import Member, SignedRoster
+
+app = typer.Typer(
+    help="Found a federation and keep its roster: who takes part, under which key.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The federation's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+@app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="The federation's name, for people.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation: its authority's key, and an empty roster that the key has signed.
+
+    FOLDER/authority.key (mode 0600) decides who is in the federation: back it up and show it to nobody. Read
+    the fingerprint that is printed to every site's people over a channel of its own, such as the telephone;
+    they pin it. Exit code 2: the folder has a federation already, or the name cannot be one.
+    """
+    import os
+
+    from server.federation import FederationFolder, create_federation
+
+    place = FederationFolder(folder)
+    roster = create_federation(place, name, os.urandom)
+    if as_json:
+        _print_json(_roster_fields(roster))
+        return
+    _say(
+        f"federation: {name}, roster version 0",
+        f"authority: {_finger(roster.authority)}",
+        f"secret: {place.authority} (mode 0600; back it up, show it to nobody)",
+        "next: read the authority's fingerprint to every site's people over a channel of its own, and enroll",
+        f"      their cards: confide server enroll SITE.pub --federation {folder}",
+    )
+
+
+@app.command()
+def enroll(
+    card: Annotated[Path, typer.Argument(metavar="SITE.pub", help="The card that the site has sent.")],
+    federation: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The federation's folder.", show_default=False)
+    ],
+    site_id: Annotated[
+        int | None,
+        typer.Option(
+            "--id", help="The site's id. None: one above the highest ever used.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add a site to the roster and sign the next version.
+
+    The card must prove that its sender has the key. That it is the right sender, only people can say:
+    compare the printed fingerprint with the one that the site's people read from `confide client show`.
+    Exit codes: 2 the card is none, or the key, name or id is taken; 5 authority.key is readable by others;
+    6 the card's proof does not hold.
+    """
+    from common.identity import load_card
+    from server.federation import FederationFolder, enroll_site
+
+    place = FederationFolder(federation)
+    member, roster = enroll_site(place, load_card(card), site_id)
+    if as_json:
+        _print_json({**_member_fields(member), "federation": roster.federation, "version": roster.version})
+        return
+    _say(
+        f"enrolled: site {member.id}, {member.name}",
+        f"fingerprint: {_finger(member.public)} (compare it with what the site's people read out)",
+        f"roster: {place.roster}, version {roster.version}, {_count(roster)}",
+        f"next: send {place.roster.name} to every site, which runs",
+        f"      confide client pin SITE-FOLDER {place.roster.name} --authority {_finger(roster.authority)}",
+    )
+
+
+@app.command("roster")
+def show_roster(folder: Folder, as_json: AsJson = False) -> None:
+    """Show the members, the retired ids, and the fingerprints to compare.
+
+    The file is checked first: it must be signed by the authority in FOLDER. Exit code 6: it is not.
+    """
+    from server.federation import FederationFolder, load_federation
+
+    roster = load_federation(FederationFolder(folder))
+    if as_json:
+        _print_json(_roster_fields(roster))
+        return
+    table = Table(
+        title=f"{roster.federation}, roster version {roster.version}, {_count(roster)}", title_justify="left"
+    )
+    table.add_column("id", justify="right")
+    for column in ("name", "fingerprint", "standing"):
+        table.add_column(column, overflow="fold")
+    rows = [(one, "member") for one in roster.members] + [(one, "retired") for one in roster.retired]
+    for one, standing in sorted(rows, key=lambda row: row[0].id):
+        table.add_row(str(one.id), escape(one.name), _finger(one.public), standing)
+    Console(highlight=False).print(table)
+    _say(f"authority: {_finger(roster.authority)}")
+
+
+@app.command()
+def revoke(
+    folder: Folder,
+    site_id: Annotated[int, typer.Option("--id", help="The site's id.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Take a site out of the roster and sign the next version. Its id and key are never used again.
+
+    It counts at a site once that site has pinned the new roster, so send it to all. A site that goes on
+    under a new key runs `confide client init` in a new folder and is enrolled again. Exit code 2: no such
+    member.
+    """
+    from server.federation import FederationFolder, revoke_site
+
+    place = FederationFolder(folder)
+    member, roster = revoke_site(place, site_id)
+    if as_json:
+        _print_json({**_member_fields(member), "federation": roster.federation, "version": roster.version})
+        return
+    _say(
+        f"revoked: site {member.id}, {member.name}",
+        f"roster: {place.roster}, version {roster.version}, {_count(roster)}",
+        f"next: send {place.roster.name} to every site, which runs confide client pin",
+    )
+
+
+def _count(roster: SignedRoster) -> str:
+    count = len(roster.members)
+    return f"{count:,} member{'s' if count != 1 else ''}, {len(roster.retired):,} retired"
+
+
+def _finger(public: bytes) -> str:
+    from common.identity import fingerprint
+
+    return fingerprint(public)
+
+
+def _member_fields(member: Member) -> dict[str, Any]:
+    return {
+        "id": member.id,
+        "name": member.name,
+        "public": member.public.hex(),
+        "fingerprint": _finger(member.public),
+    }
+
+
+def _roster_fields(roster: SignedRoster) -> dict[str, Any]:
+    return {
+        "federation": roster.federation,
+        "version": roster.version,
+        "authority": roster.authority.hex(),
+        "authority_fingerprint": _finger(roster.authority),
+        "members": [_member_fields(member) for member in roster.members],
+        "retired": [_member_fields(member) for member in roster.retired],
+    }
+
+
+def _say(*lines: str) -> None:
+    """Plain lines: nothing in them is markup, and none is wrapped, so that they can be copied."""
+    for line in lines:
+        print(line)
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields, indent=2))
