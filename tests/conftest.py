@@ -272,11 +272,11 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "bert-answers": ("bert", {"task": {"kind": "question-answering"}, "data": {"prompt": "prompt"}}),
     "t5-writes": (
         "t5",
-        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "text", "text": "label"}},
+        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "tags", "text": "text"}},
     ),
     "mbart-writes": (
         "mbart",
-        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "text", "text": "label"}},
+        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "tags", "text": "text"}},
     ),
 }
 

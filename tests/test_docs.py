@@ -86,6 +86,10 @@ def test_commands_and_options_in_documents_exist() -> None:
     known = CliRunner().invoke(confide.app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout
     for option in set(re.findall(r"confide simulate[^\n`]*?(--[a-z-]+)", text)):
         assert option in known, option
+    for name in ("predict", "ask"):
+        has = CliRunner().invoke(confide.app, [name, "--help"], env={"COLUMNS": "200"}).stdout
+        for option in set(re.findall(rf"confide {name} [^\n`]*?(--[a-z-]+)", text)):
+            assert option in has, option
     for command in set(re.findall(r"confide (\w+)", text)) - {"is"}:
         assert CliRunner().invoke(confide.app, [command, "--help"]).exit_code == 0, command
 

@@ -400,14 +400,16 @@ def test_the_best_answer_lies_in_the_context_in_order(world: Worlds) -> None:
 
 def test_a_seq2seq_loss_is_the_mean_over_the_record_s_own_text(world: Worlds) -> None:
     this = world("t5-writes")
-    batch = collate(this.examples, [0, 1], this.model.pad_id, torch.device("cpu"))
-    assert batch.target.shape == (2, 2)  # the word and the end token
-    batch.target[1, 1] = -100
-    logits = torch.randn(2, 2, 52)
+    batch = collate(this.examples, range(6), this.model.pad_id, torch.device("cpu"))
+    lengths = (batch.target != -100).sum(dim=1).tolist()
+    assert len(set(lengths)) > 2 and len(set(this.examples.lengths[:6].tolist())) > 2
+    logits = torch.randn(*batch.target.shape, 52)
     losses = this.model.task.record_losses(logits, batch)
     scores = logits.log_softmax(dim=-1)
-    assert float(losses[0]) == pytest.approx(-float(scores[0, [0, 1], batch.target[0]].mean()), rel=1e-5)
-    assert float(losses[1]) == pytest.approx(-float(scores[1, 0, batch.target[1, 0]]), rel=1e-5)
+    for row, length in enumerate(lengths):
+        assert int(batch.target[row, length - 1]) == 5  # the end token
+        own = scores[row, range(length), batch.target[row, :length]]
+        assert float(losses[row]) == pytest.approx(-float(own.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5-writes", "mbart-writes"])
