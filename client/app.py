@@ -12,7 +12,6 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import exchanges
-from client.budget import Charge
 from client.metrics import measure
 from client.site import Site
 from client.training import check_shard, train
@@ -20,6 +19,8 @@ from common import wire
 from common.adapter import Layout, check_vector
 from common.aggregation import context_of, policy_of
 from common.errors import ConfideError, ConfigError, ProtocolError, status_of
+from common.ledger import Charge
+from common.ledger_replay import Reservation, State
 from common.noise import NoiseStream
 from common.secagg.errors import Exchange
 
@@ -30,17 +31,20 @@ def make_app(open_site: Callable[[Context], Site]) -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return _answer(message, context, open_site, lambda site, _: wire.Hello(site.site_id))
+        return _answer(message, context, open_site, _hello)
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
         return _answer(message, context, open_site, _train)
 
-    def on_exchange(message: Message, context: Context) -> Message:
-        return _answer(message, context, open_site, exchanges.answer)
+    def on(exchange: Exchange) -> Callable[[Message, Context], Message]:
+        def handle(site: Site, request: wire.Message) -> wire.Message:
+            return exchanges.answer(site, exchange, request)
+
+        return lambda message, context: _answer(message, context, open_site, handle, exchanges.close)
 
     for exchange in Exchange:
-        app.query(exchange.name.lower())(on_exchange)
+        app.query(exchange.name.lower())(on(exchange))
     return app
 
 
@@ -49,13 +53,17 @@ def _answer(
     context: Context,
     open_site: Callable[[Context], Site],
     handle: Callable[[Site, wire.Message], wire.Message],
+    close: Callable[[Site], None] = lambda _: None,
 ) -> Message:
-    """Decode, handle, encode. An exception's text could carry data, and Flower would send it verbatim."""
+    """Decode, handle, encode. An exception's text could carry data, and Flower would send it verbatim.
+
+    close: what follows a failure, of whatever kind.
+    """
     site: Site | None = None
     try:
         site = open_site(context)
         request = wire.decode(message.content, exchanges.longest_request(site))
-        return Message(wire.encode(handle(site, request)), reply_to=message)
+        return Message(wire.encode(handle(site, request), _head(site)), reply_to=message)
     except Exception as error:
         text = str(error) if isinstance(error, ConfideError) else traceback.format_exc()
         with contextlib.suppress(Exception):  # a log that cannot be written must not speak either
@@ -63,9 +71,25 @@ def _answer(
                 logging.getLogger("confide.site").error("a site cannot be opened: %s", text)
             else:
                 site.log(text)
-        return Message(
-            wire.encode(wire.Refusal(site.site_id if site else 0, status_of(error))), reply_to=message
-        )
+        with contextlib.suppress(Exception):  # a state that is not this site's is left as it is
+            if site is not None:
+                close(site)
+        head = b""
+        with contextlib.suppress(Exception):
+            head = _head(site) if site is not None else b""
+        refusal = wire.Refusal(site.site_id if site else 0, status_of(error))
+        return Message(wire.encode(refusal, head), reply_to=message)
+
+
+def _head(site: Site) -> bytes:
+    """The signed head of the site's ledger: who keeps it notices a ledger that forgets."""
+    return b"" if site.ledger is None else site.ledger.head().encode()
+
+
+def _hello(site: Site, request: wire.Message) -> wire.Message:
+    if not isinstance(request, wire.Hello):
+        raise ProtocolError(f"expected a hello, found {type(request).__name__}")
+    return wire.Hello(site.site_id)
 
 
 def _train(site: Site, request: wire.Message) -> wire.Message:
@@ -83,7 +107,7 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     plan = site.plan.round(request.round)
     check_vector(site.model.layout, request.vector)
     check_shard(site.shard, plan)
-    session = context_of(request.vector, site.plan_digest, request.layout_digest, request.round)
+    session = context_of(site.run_id, request.vector, site.plan_digest, request.layout_digest, request.round)
     # 2. An update that waits for this very question and was never uploaded is the answer to it: nothing is
     #    computed, so nothing is charged.
     if site.pinned is not None and exchanges.waits(site, request.round, session):
@@ -103,13 +127,24 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
             )
         )
     ).digest()
-    if plan.events:
-        charge = Charge(request.round, context.hex(), plan.events)
-        site.budget.reserve(charge, repeatable=site.repeatable_noise)
+    reservation = None
+    if site.ledger is not None:
+        charge = Charge(
+            scope=site.scope,
+            run=request.run_id,
+            round=request.round,
+            context=context.hex(),
+            model=request.layout_digest,
+            plan=site.plan_digest,
+            events=plan.events,
+        )
+        reservation = site.ledger.reserve(charge, repeatable=site.repeatable_noise)
+        reservation = site.ledger.start(reservation.id)
     # 4. Train, and measure where the federation has metrics on.
     noise = NoiseStream(site.noise_key(context))
     vector = train(site.model, site.shard, plan, request.vector, noise, site.features)
     if site.pinned is None:
+        _complete(site, reservation, vector.tobytes())
         digest = Layout.of(site.model.active(plan.part)).digest
         return wire.PlainUpdate(site.site_id, request.round, digest, vector)
     counts = measure(site.model, site.config, plan, site.shard, request.vector, noise, site.features)
@@ -117,5 +152,15 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
     #    normalised by one public batch size, so a site with more records weighs more without telling.
     policy = policy_of(site.config, site.model, plan)
     encoded = policy.codec.encode(vector, 1, noise.random_bytes, counts)
+    if reservation is not None and reservation.state is State.COMPLETED:
+        _complete(site, reservation, encoded.tobytes())  # the same as before, or it must not wait
     exchanges.keep(site, request.round, session, encoded)
+    _complete(site, reservation, encoded.tobytes())
     return wire.Ready(site.site_id, request.round)
+
+
+def _complete(site: Site, reservation: Reservation | None, output: bytes) -> None:
+    """The charge has its one output: computing it again and getting another one is an error from now on."""
+    if site.ledger is not None and reservation is not None:
+        digest = hashlib.sha256(b"confide/output/v1" + output).hexdigest()
+        site.ledger.complete(reservation.id, digest)

@@ -141,10 +141,9 @@ def show(folder: Folder, as_json: AsJson = False) -> None:
 
 
 def _describe(place: SiteFolder) -> dict[str, Any]:
-    from client.identity import NotPinnedError, load_pinned
-    from common.identity import load_card
+    from client.identity import NotPinnedError, load_pinned, own_card
 
-    card = load_card(place.card)
+    card = own_card(place)
     try:
         pinned = load_pinned(place)
     except NotPinnedError:

@@ -5,6 +5,7 @@
     site.pub       the card that the federation enrolls
     authority.pub  the pinned key of the federation's authority
     roster.json    the pinned roster
+    waiting.update an encoded update between training and its upload, sealed (client/store.py)
 
 None of it ever comes from the server: people carry `site.pub` and `roster.json`, and compare fingerprints.
 """
@@ -38,6 +39,7 @@ from common.identity import (
     is_named_by,
     load_card,
     make_card,
+    make_folder,
     read_private,
 )
 from common.roster import Member, OtherAuthorityError, SignedRoster, load_roster, newer
@@ -180,12 +182,19 @@ def create_site(
         check_name(name)
     except ValueError as error:
         raise CardFormatError(f"{error}. Choose one with --name") from None
-    folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder.path)
     identity = create_identity(folder.identity, random_bytes, passphrase)
     create_private(folder.local_key, random_bytes(KEY_BYTES))
     card = make_card(name, identity)
     write_atomically(folder.card, card.encode())
     return card
+
+
+def own_card(folder: SiteFolder) -> SiteCard:
+    """Raises ConfigError: this is no site's folder. CardFormatError, CardProofError: its card is damaged."""
+    if not folder.card.is_file():
+        raise ConfigError(f"{folder.path} is no site's folder: make one with confide client init")
+    return load_card(folder.card)
 
 
 # What is pinned
@@ -208,7 +217,7 @@ def pin(folder: SiteFolder, source: Path, authority: str | None) -> Pinned:
         NotPinnedError: there is no authority yet. NotAMemberError: the roster is without this site's key.
         All of `load_roster` and `newer`.
     """
-    card = load_card(folder.card)
+    card = own_card(folder)
     pinned = _load_authority(folder) if folder.authority.exists() else None
     # 1. Signed by the authority that is pinned, or that is named now.
     if pinned is None and authority is None:
@@ -238,7 +247,7 @@ def load_pinned(folder: SiteFolder) -> Pinned:
     Raises:
         NotPinnedError, NotAMemberError; all of `load_roster`.
     """
-    card = load_card(folder.card)
+    card = own_card(folder)
     if not folder.authority.exists() or not folder.roster.exists():
         raise NotPinnedError(
             f"no roster is pinned in {folder.path} yet: have {folder.card.name} enrolled by the federation, "

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.budget import Budget
 from client.identity import SiteFolder
+from client.ledger import Ledger
 from client.store import FileStore
 from client.training import Shard
 from common.config import RunConfig
@@ -18,6 +18,9 @@ from common.models import AdaptedModel
 from common.plan import Plan
 from common.secagg.keys import IdentityKey, RandomBytes, Secret
 from common.secagg.policy import Roster
+
+LONGEST_ENTRY = 10_000
+"""Characters of an entry in a site's log. An error may quote what the server has sent, however long."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Site:
 
     `noise_key(context)` gives the 32-byte key of a round's noise: fresh from the operating system at a
     deployed site, derived from the run's secret and `context` in a simulation (`repeatable_noise`).
-    `pinned` is `None` in a study without secure aggregation, and only there.
+    `pinned` is `None` in a study without secure aggregation, `ledger` in one without privacy, and only there.
     """
 
     site_id: int  # >= 1
@@ -49,7 +52,8 @@ class Site:
     plan: Plan
     plan_digest: str
     setting: bytes  # hash of the configuration and of the base model's weights
-    budget: Budget
+    ledger: Ledger | None
+    scope: str  # the ledger's name of the data source that `shard` is
     noise_key: Callable[[bytes], bytes]
     repeatable_noise: bool
     features: FeatureCache
@@ -61,6 +65,8 @@ class Site:
                 "a site sends plain updates only in a study that says so (--insecure-plain-updates); "
                 "otherwise it needs its identity and the roster"
             )
+        if (self.ledger is None) == self.plan.private:
+            raise PrivacyError("a site trains without a ledger only in a study without privacy")
 
     @property
     def waiting(self) -> Path:
@@ -69,6 +75,8 @@ class Site:
 
     def log(self, text: str) -> None:
         """A plain sentence for the site's own people: it stays in the site's folder."""
+        if len(text) > LONGEST_ENTRY:
+            text = f"{text[: LONGEST_ENTRY // 2]} … {text[-LONGEST_ENTRY // 2 :]}"
         logging.getLogger("confide.site").info("site %d: %s", self.site_id, text)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "site.log").open("a", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ import numpy as np
 from client.secagg_state import Journal
 from common.errors import CheckpointError, ConfigError
 from common.files import sync_folder, write_atomically
+from common.identity import make_folder
 from common.secagg import keys, transcript
 from common.secagg.binary import Reader, Writer
 from common.secagg.errors import MessageError, RollbackError
@@ -46,6 +47,7 @@ BLOCK_BYTES = 4096
 MAX_NUMBER = 2**64 - 1
 WAITING_HEADER_BYTES = 4 + 8 + 2 * HASH_BYTES + 4  # a multiple of 8, so that the vector is aligned
 START_AGAIN = "This site takes no part until a new run id is agreed on."
+UNTIL_THEN = "or agree on a new run id: until then this site takes no part."
 
 
 class DamagedStateError(RollbackError):
@@ -110,7 +112,7 @@ class FileStore:
         Raises:
             StoreInUseError: somebody does.
         """
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         with (self.path.parent / f".{self.path.name}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +141,7 @@ class FileStore:
         if state is not None and state[0] > 0:
             raise MissingWitnessError(
                 f"{self.path} was saved {state[0]} times, but its witness {self.witness_path} is missing: "
-                f"whether a newer state was lost cannot be told. Restore the witness. {START_AGAIN}"
+                f"whether a newer state was lost cannot be told. Restore the witness, {UNTIL_THEN}"
             )
         return 0
 
@@ -174,10 +176,10 @@ class FileStore:
         # 1. Forward only.
         witness = self.witness
         if serial <= witness and witness > 0:
-            raise RollbackError(f"{self.path}: save {serial} follows save {witness}. {START_AGAIN}")
+            raise RollbackError(f"{self.path}: save {serial} cannot follow save {witness}. {START_AGAIN}")
         # 2. There is a witness before there is a state, so that a state without one is always suspicious.
         if not self.witness_path.exists():
-            self.witness_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.witness_path.parent)
             slot = self._slot(0).ljust(BLOCK_BYTES, b"\0")
             write_atomically(self.witness_path, slot + slot)
         # 3. The state, 4. the witness.
@@ -199,7 +201,7 @@ class FileStore:
         if data is None:
             raise DamagedStateError(
                 f"{self.path} cannot be opened: it is damaged, of another site or run, or under another "
-                f"local.key. Restore the key that it was written with, or this very file. {START_AGAIN}"
+                f"local.key. Restore the key that it was written with, or this very file, {UNTIL_THEN}"
             )
         return serial, data
 
@@ -244,7 +246,7 @@ def _newest(path: Path, slots: tuple[int | None, int | None]) -> int:
         case _:
             raise DamagedWitnessError(
                 f"{path} is damaged or belongs to another site or run: how new this site's state must be "
-                f"cannot be told. Restore the witness. {START_AGAIN}"
+                f"cannot be told. Restore the witness, {UNTIL_THEN}"
             )
 
 
@@ -295,7 +297,7 @@ def save_waiting(path: Path, key: Secret, waiting: WaitingUpdate, random_bytes: 
     writer = Writer().u32(waiting.round).u64(waiting.number).fixed(waiting.context)
     writer.fixed(waiting.policy_hash).u32(8 * vector.itemsize).view(ring_memory(vector))
     sealed = keys.seal_at_rest(key, writer.done(), _waiting_aad(), random_bytes)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path.parent)
     _remove_leftovers(path)
     write_atomically(path, WAITING_MAGIC + sealed)
 

@@ -52,6 +52,10 @@ class CsprngDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     clip → accumulate → add_noise → scale_grad (divide by the public batch size) → proximal pull → step.
     The pull reads parameters only, never data, so it costs no privacy (Li et al. 2020, 1812.06127).
+
+    A record whose gradient is not finite counts as one whose gradient is zero. The server chooses the
+    adapter, and could choose one that overflows on a certain record alone: an error would then tell, without
+    any noise, that the record is there.
     """
 
     def __init__(
@@ -71,6 +75,13 @@ class CsprngDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self._noise = noise
         self._mu = fedprox_mu
         self._anchor = [p.detach().clone() for p in self.params] if fedprox_mu else []
+
+    def clip_and_accumulate(self) -> None:
+        samples = self.grad_samples
+        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in samples]).all(0)
+        for p, g in zip(self.params, samples, strict=True):
+            p.grad_sample = torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, 0.0)
+        super().clip_and_accumulate()
 
     def add_noise(self) -> None:
         for p in self.params:
@@ -130,7 +141,7 @@ def train(
 
     Raises:
         PrivacyError: the shard has fewer records than the public batch size.
-        ModelError: a loss or the adapter is not finite.
+        ModelError: the adapter is not finite; without privacy, a loss is not.
     """
     check_shard(shard, plan)
     write_vector(model.parameters, model.layout, start)
@@ -207,13 +218,15 @@ def private_step(
             p.grad_sample = p.new_zeros((0, *p.shape))
         optimizer.step()
     for number, indices in enumerate(micro_batches, start=1):
-        _backward(task, *forward(indices))
+        logits, batch = forward(indices)
+        task.record_losses(logits, batch).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.signal_skip_step(do_skip=number < len(micro_batches))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 def _backward(task: Task, logits: torch.Tensor, batch: Batch) -> None:
+    """Without privacy only: the error says something about the records."""
     losses = task.record_losses(logits, batch)
     if not torch.isfinite(losses).all():
         raise ModelError(

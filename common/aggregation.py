@@ -93,7 +93,13 @@ def largest_change(plan: RoundPlan, ring_bits: RingBits) -> float:
             return plan.learning_rate * (signal + noise)
 
 
-def context_of(adapter: Vector, plan_digest: str, layout_digest: str, round_number: int) -> bytes:
-    """ctx_hash: sites that were sent other adapters, plans or rounds are in other sessions."""
-    setting = json.dumps([plan_digest, layout_digest, round_number], separators=(",", ":"))
+def context_of(
+    run_id: str, adapter: Vector, plan_digest: str, layout_digest: str, round_number: int
+) -> bytes:
+    """ctx_hash: sites that were sent other adapters, plans or rounds are in other sessions.
+
+    The run is in it for what waits at a site: two runs may begin with the same adapter, and an update that
+    was uploaded in one must not be the answer to a question of the other.
+    """
+    setting = json.dumps([run_id, plan_digest, layout_digest, round_number], separators=(",", ":"))
     return transcript.context_hash(adapter.astype("<f4").tobytes(), setting.encode())

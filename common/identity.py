@@ -255,6 +255,18 @@ def read_limited(path: Path, limit: int) -> bytes:
 # Secret files
 
 
+def make_folder(folder: Path) -> None:
+    """A folder for its owner alone, durably, and those above it; one that is there stays as it is.
+
+    A file survives a power cut only with every folder on its path.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def create_private(path: Path, data: bytes) -> None:
     """A new file that only its owner can read, durably, the folder's entry included.
 

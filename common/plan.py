@@ -184,7 +184,7 @@ def _aggregation(config: RunConfig) -> AggregationSection:
         if min_cohort < least:
             raise ConfigError(
                 f"aggregation.min_cohort must be at least max(3, 3*c_max + 1) = {least}, found {min_cohort}: "
-                "the server picks the cohort, so a smaller one could be a victim and those who collude with it"
+                "the server picks the cohort, so a smaller one could be a victim and its colluders"
             )
     if min_cohort > count:
         raise ConfigError(f"aggregation.min_cohort must be at most sites.count = {count}, found {min_cohort}")

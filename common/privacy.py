@@ -24,7 +24,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from common.errors import BudgetError, PrivacyError
+from common.errors import PrivacyError
 
 # Fixed, so that ε never depends on which orders happened to be tried: tenths up to 11 serve large ε, high
 # orders small ε.
@@ -215,28 +215,6 @@ def calibrate_noise_multiplier(
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) > target_epsilon else (low, middle)
     return round(high * _SIGMA_STEP, 4)
-
-
-def check_spend(
-    spent: Sequence[SampledGaussianEvent],
-    charge: Sequence[SampledGaussianEvent],
-    *,
-    target_epsilon: float,
-    delta: float,
-) -> float:
-    """ε by Rényi DP after `charge`, or a refusal. Sound for settings that were fixed in advance.
-
-    Raises:
-        BudgetError: when the charge would pass `target_epsilon`; nothing may be computed then.
-    """
-    after = epsilon_rdp([*spent, *charge], delta)
-    if after > target_epsilon:
-        before = epsilon_rdp(spent, delta)
-        raise BudgetError(
-            f"the charge would bring ε from {before:.4f} to {after:.4f}, over target_epsilon = "
-            f"{target_epsilon} at delta = {delta:g}: nothing was computed. Stop here, or plan fewer rounds"
-        )
-    return after
 
 
 def default_delta(nominal_records: int) -> float:

@@ -14,6 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.adapter import Vector
 from common.errors import ProtocolError, StatusCode
+from common.ledger_errors import LedgerError
+from common.ledger_head import SignedHead
 from common.secagg.framing import Framed
 from common.secagg.messages import MESSAGES
 
@@ -22,6 +24,8 @@ MAX_BYTES: Final = 1 << 30  # of an array
 
 _FIELDS: Final = "confide"
 _ARRAY: Final = "array"
+_LEDGER: Final = "ledger"
+_HEAD: Final = "head"
 # Plain bytes, so that nothing has to be parsed or unpickled.
 _RAW: Final = "confide.float32.le"
 _BODY: Final = "confide.secagg"
@@ -88,8 +92,35 @@ Message = Hello | TrainRequest | Ready | PlainUpdate | Refusal | Framed
 _Scalar = str | int | float
 
 
-def encode(message: Message) -> RecordDict:
-    """The records that carry `message`."""
+def encode(message: Message, head: bytes = b"") -> RecordDict:
+    """The records that carry `message`, and beside it the signed head of the sending site's ledger."""
+    content = _encode(message)
+    if head:
+        content[_LEDGER] = ConfigRecord({_HEAD: head})
+    return content
+
+
+def decode_reply(content: RecordDict, longest: int = MAX_BYTES) -> tuple[Message, SignedHead | None]:
+    """What a site has sent: its message, and its ledger's head where there is one, not yet checked.
+
+    Raises:
+        ProtocolError: see `decode`.
+    """
+    rest = RecordDict({name: record for name, record in content.items() if name != _LEDGER})
+    if _LEDGER not in content:
+        return decode(rest, longest), None
+    record = content[_LEDGER]
+    data = record.get(_HEAD) if isinstance(record, ConfigRecord) and len(record) == 1 else None
+    if type(data) is not bytes:
+        raise ProtocolError("a ledger's head must be bytes, in a record of its own")
+    try:
+        head = SignedHead.decode(data)
+    except LedgerError as error:
+        raise ProtocolError(f"not the head of a ledger: {error}") from None
+    return decode(rest, longest), head
+
+
+def _encode(message: Message) -> RecordDict:
     match message:
         case Hello(site):
             return _pack("hello", {"site": site})

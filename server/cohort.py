@@ -14,10 +14,13 @@ from common import wire
 from common.aggregation import cohort_size
 from common.config import RunConfig
 from common.errors import ConfideError, ProtocolError, RoundError
+from common.ledger_head import SignedHead
+from server.receipts import Receipts
 
 # Flower hands over replies in bulk where it polls; between polls the server rests this long.
 _POLL_SECONDS = 0.05
 MALFORMED = "malformed"
+LEDGER = "ledger-went-back"
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,15 @@ class Reply:
     message: wire.Message
     bytes_up: int
     bytes_down: int
+    head: SignedHead | None
 
 
-def roll_call(grid: Grid, deadline: float, clock: Callable[[], float] = time.monotonic) -> dict[int, int]:
+def roll_call(
+    grid: Grid,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    receipts: Receipts | None = None,
+) -> dict[int, int]:
     """Site id → node id of every live site. Flower's node ids change between runs; a site's id does not."""
     nodes = sorted(grid.get_node_ids())
     found: dict[int, int] = {}
@@ -47,6 +56,8 @@ def roll_call(grid: Grid, deadline: float, clock: Callable[[], float] = time.mon
         if isinstance(answer, Failure) or not isinstance(answer.message, wire.Hello):
             continue
         site = answer.message.site
+        if receipts is not None and not receipts.accept(site, answer.head):
+            continue
         if site in found:
             raise RoundError(f"two nodes say that they are site {site}: give each site its own id")
         found[site] = answer.site
@@ -83,12 +94,14 @@ def exchange(
     sites: Sequence[int],
     clock: Callable[[], float] = time.monotonic,
     longest: int = wire.MAX_BYTES,
+    receipts: Receipts | None = None,
 ) -> Iterator[Reply | Failure]:
     """Ask each node of `requests` (node id → message) and yield what comes back, as it comes.
 
     `sites[i]` is the site behind the i-th node. After `deadline` seconds, nodes that did not answer are
     yielded as failures. Replies are matched by the id of the message that they answer: an error's sender is
     not the node that failed. A secure-aggregation reply may have `longest` bytes.
+    `receipts` keeps the head of each site's ledger, and refuses a site whose ledger went back.
     """
     # One encoding for all nodes that are sent the same message.
     records: dict[int, tuple[RecordDict, int]] = {}
@@ -112,7 +125,7 @@ def exchange(
             answered = message.metadata.reply_to_message_id
             if answered in waiting:
                 site = waiting.pop(answered)
-                yield _read(site, message, down[site], longest)
+                yield _read(site, message, down[site], longest, receipts)
         if not waiting or arrived:
             continue  # while replies keep coming, the deadline waits: inline, sites answer one by one
         if clock() >= end:
@@ -122,15 +135,17 @@ def exchange(
         yield Failure(site, "deadline", down[site])
 
 
-def _read(site: int, message: Message, down: int, longest: int) -> Reply | Failure:
+def _read(site: int, message: Message, down: int, longest: int, receipts: Receipts | None) -> Reply | Failure:
     if message.has_error():
         return Failure(site, f"transport-{message.error.code}", down)
     try:
-        decoded = wire.decode(message.content, longest)
+        decoded, head = wire.decode_reply(message.content, longest)
     except ProtocolError:
         return Failure(site, MALFORMED, down)
     except ConfideError as error:
         return Failure(site, type(error).__name__, down)
+    if receipts is not None and not receipts.accept(site, head, refusal=isinstance(decoded, wire.Refusal)):
+        return Failure(site, LEDGER, down)
     if isinstance(decoded, wire.Refusal):
         return Failure(site, decoded.code.value, down)
-    return Reply(site, decoded, wire.payload_bytes(message.content), down)
+    return Reply(site, decoded, wire.payload_bytes(message.content), down, head)

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.files import write_atomically
-from common.identity import KeyExistsError, SiteCard, create_private, fingerprint, read_private
+from common.identity import (
+    KeyExistsError,
+    SiteCard,
+    create_private,
+    fingerprint,
+    make_folder,
+    read_private,
+)
 from common.roster import MAX_VERSION, Member, SignedRoster, load_roster, newer, sign_roster
 from common.secagg.keys import KEY_BYTES, IdentityKey, RandomBytes, Secret
 from common.secagg.transcript import MAX_ID
@@ -73,7 +80,7 @@ def create_federation(folder: FederationFolder, name: str, random_bytes: RandomB
             raise KeyExistsError(f"{path} is there already and is never overwritten: choose another folder")
     seed = Secret(random_bytes(KEY_BYTES))
     roster = sign_roster(name, 0, (), (), IdentityKey(seed))
-    folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder.path)
     create_private(folder.authority, seed.reveal())
     write_atomically(folder.roster, roster.encode())
     return roster

@@ -28,6 +28,7 @@ from common.secagg.messages import (
 )
 from common.secagg.policy import Policy, Roster
 from server import cohort
+from server.receipts import Receipts
 from server.record import Attempt, RunFolder, SessionEnd
 from server.secagg import SecAggServer, SecureSum
 
@@ -56,6 +57,7 @@ class Gatherer:
     run_id: str
     roster: Roster
     folder: RunFolder
+    receipts: Receipts | None
     stage: Callable[[Exchange], None]  # told of each exchange, for people
 
     def gather(self, policy: Policy, ready: Sequence[int], round_number: int, context: bytes) -> Gathered:
@@ -87,13 +89,19 @@ class Gatherer:
             try:
                 secure = self._session(server, result)
                 survivors = secure.survivors
-                result.sum = policy.codec.decode_sum(secure.total, len(survivors))
+                found = policy.codec.decode_sum(secure.total, len(survivors))
+                if found.weight != policy.codec.w_max * len(survivors):  # each has encoded the one weight
+                    raise EncodingError(
+                        f"the sum of weights must be {policy.codec.w_max * len(survivors)}, found "
+                        f"{found.weight}: a site did not follow the encoding. Discard the round."
+                    )
+                result.sum = found
                 result.fates.update(dict.fromkeys(survivors, "ok"))
             except (TooFewSitesError, CannotRebuildError, EncodingError) as error:
                 failure = error
             blames = [[b.site, b.exchange.name.lower(), b.fault.name.lower(), b.about] for b in server.blames]
-            outcome = "sum" if failure is None else str(failure)
-            self.folder.append(SessionEnd(round_number, number, outcome, list(survivors), blames))
+            ending = SessionEnd(round_number, number, _outcome(failure), list(survivors), blames)
+            self.folder.append(ending)
             if not isinstance(failure, TooFewSitesError) or failure.exchange > Exchange.SHARE:
                 break
             blamed = {blame.site for blame in server.blames}
@@ -132,6 +140,7 @@ class Gatherer:
             self.config.aggregation.deadline_seconds,
             list(requests),
             longest=encoded_limit(kind, policy.n_max, policy.words, policy.ring_bits),
+            receipts=self.receipts,
         )
         for answer in answers:
             result.bytes_down[answer.site] += answer.bytes_down
@@ -148,6 +157,18 @@ class Gatherer:
                 elif not take(answer.site, answer.message):
                     reason = cohort.MALFORMED
             result.fates[answer.site] = f"{exchange.name.lower()}:{reason}"
+
+
+def _outcome(failure: RoundError | EncodingError | None) -> str:
+    match failure:
+        case None:
+            return "sum"
+        case TooFewSitesError():
+            return f"{failure.exchange.name.lower()}: {failure.found} sites left, {failure.needed} needed"
+        case CannotRebuildError():
+            return f"unmask: the secret of site {failure.owner} cannot be rebuilt"
+        case _:
+            return "the sum cannot be decoded: a site did not follow the encoding"
 
 
 _REPLIES: dict[Exchange, type[Framed]] = {

@@ -142,18 +142,23 @@ class RunFolder:
         return self.path / "secret.key"
 
     @property
+    def receipts(self) -> Path:
+        """Heads of the sites' ledgers, as they came with their messages."""
+        return self.path / "receipts.jsonl"
+
+    @property
     def roster(self) -> Path:
         return self.path / "roster.json"
 
-    def witness(self, site_id: int) -> Path:
+    def witness(self, site_id: int, of: str) -> Path:
         """Outside the site's folder, so that a restored backup of that is noticed."""
-        return self.path / "witnesses" / f"{site_id:04d}"
+        return self.path / "witnesses" / f"{site_id:04d}.{of}"
 
     def site(self, site_id: int) -> Path:
         return self.path / "sites" / f"{site_id:04d}"
 
-    def spend(self, site_id: int) -> Path:
-        return self.site(site_id) / "spend.jsonl"
+    def ledger(self, site_id: int) -> Path:
+        return self.site(site_id) / "ledger.sqlite"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -309,6 +309,6 @@ def _footer(run: Run) -> str:
         "removed record. Any accountant that knows this mechanism will do. With dp-accounting, in the "
         f"run's folder:</p>\n<pre><code>{code}</code></pre>\n"
         "<p>Accountants differ in the Rényi orders that they try, so expect the third digit to move. What a "
-        "site has charged itself stands in its own <code>spend.jsonl</code>, which is written before it "
+        "site has charged itself stands in its own <code>ledger.sqlite</code>, which is written before it "
         "computes and decides.</p>\n</footer>\n"
     )

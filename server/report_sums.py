@@ -114,5 +114,6 @@ def _metrics(run: Run) -> str:
     return (
         '<h2>On the sites\' own records</h2>\n<p class="small">Sums over the sites of a round, with each '
         "site's noise in them, and charged to each site like training. The adapter is the one that the round "
-        f"began with; losses are clipped to {run.config.metrics.loss_clip:g} a record.</p>\n{table(heads, rows)}"
+        f"began with; losses are clipped to {run.config.metrics.loss_clip:g} a record.</p>\n"
+        + table(heads, rows)
     )

@@ -30,6 +30,7 @@ from server.aggregation import Floats, OptimizerState, PlainSum, step
 from server.checkpoint import Checkpoint
 from server.curves import Curves
 from server.gather import Gatherer
+from server.receipts import Receipts
 from server.record import RoundEvent, RunFolder, SiteRound
 
 _REFUSALS = {code.value for code in StatusCode}
@@ -56,6 +57,7 @@ class Job:
     public: Examples
     features: FeatureCache  # of the public records, while rounds train the head only
     roster: Roster
+    receipts: Receipts | None  # of the sites' ledgers; None in a study without privacy
 
 
 class Watcher(Protocol):
@@ -98,7 +100,7 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
             _finish(job, now, event)
             curves.add(event)
             watcher.round_done(event)
-        sites = cohort.roll_call(grid, job.config.server.deadline_seconds)
+        sites = _roll_call(job, grid)
         failed = 0
         while now.round < len(job.plan.rounds):
             now, event = run_round(job, grid, now, sites, watcher)
@@ -112,6 +114,15 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
                     "Resume the run when the sites can answer (server.give_up_after = 0 never stops)"
                 )
     return now
+
+
+def _roll_call(job: Job, grid: Grid) -> dict[int, int]:
+    """The live sites. Who names itself by an id that the roster does not have could sign nothing: it is not
+    asked, or the round could not be opened."""
+    found = cohort.roll_call(grid, job.config.server.deadline_seconds, receipts=job.receipts)
+    if job.config.study.plain_updates:
+        return found
+    return {site: node for site, node in found.items() if site in job.roster}
 
 
 def run_round(
@@ -201,7 +212,8 @@ def _train(
     trained = _Trained(PlainSum(part.size))
     deadline = job.config.server.deadline_seconds
     requests = {sites[site]: request for site in asked}
-    for answer in cohort.exchange(grid, requests, "train", str(number), deadline, asked):
+    answers = cohort.exchange(grid, requests, "train", str(number), deadline, asked, receipts=job.receipts)
+    for answer in answers:
         trained.bytes_down[answer.site] += answer.bytes_down
         if isinstance(answer, cohort.Failure):
             trained.refused[answer.site] = answer.reason
@@ -253,9 +265,10 @@ def _secure(
         run_id=job.run_id,
         roster=job.roster,
         folder=job.folder,
+        receipts=job.receipts,
         stage=lambda exchange: watcher.stage(number, exchange),
     )
-    context = context_of(before.adapter, job.plan_digest, job.model.layout.digest, number)
+    context = context_of(job.run_id, before.adapter, job.plan_digest, job.model.layout.digest, number)
     gathered = gatherer.gather(policy_of(job.config, job.model, plan), trained.ready, number, context)
     trained.bytes_up.update(gathered.bytes_up)
     trained.bytes_down.update(gathered.bytes_down)

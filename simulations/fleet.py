@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from flwr.app import Context
 
-from client.budget import Budget
 from client.identity import SiteFolder, load_identity, load_local_key
+from client.ledger import Ledger
 from client.selftest import self_test
 from client.site import Pinned, Site
 from client.store import FileStore
@@ -28,19 +27,23 @@ from common.decoding import decoded_scores
 from common.errors import ConfigError, DataError, PrivacyError
 from common.evaluation import MetricSums, evaluate
 from common.features import FeatureCache
+from common.ledger_errors import RolledBackError
+from common.ledger_replay import Balance
 from common.models import AdaptedModel, load_model
 from common.noise import KEY_BYTES, derived_key
 from common.plan import Plan, make_plan
-from common.privacy import SampledGaussianEvent
 from common.roster import load_roster
 from common.secagg.policy import Roster
 from common.tables import CleaningReport, Columns, Table, clean, label_ids
 from common.targets import check_records, columns_of, found_labels
 from common.tasks import Examples, IntArray, make_task
+from server.receipts import Receipts
 from server.record import RunFolder
 from server.rounds import Job
 from simulations.partition import by_group, dirichlet, hold_out, iid
 
+SCOPE = "records"  # what a simulated site calls its data in its ledger
+_OPEN_LEDGERS = 64
 _NO_LIMIT = 2**62  # characters of an image, which stands in a table as its bytes
 
 
@@ -174,6 +177,7 @@ class Fleet:
         self.examples: Examples = task.encode(split.table, self.model.tokenizer, config.model.max_length)
         self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
         self._features = FeatureCache()
+        self._ledgers: dict[int, Ledger] = {}
         self._setting = _setting(config, self.model)
         if self.plan.private:
             for part in {r.part for r in self.plan.rounds}:
@@ -222,7 +226,8 @@ class Fleet:
             plan=self.plan,
             plan_digest=self.plan_digest,
             setting=self._setting,
-            budget=self.budget(site_id),
+            ledger=self.ledger(site_id) if self.plan.private else None,
+            scope=SCOPE,
             noise_key=lambda context: derived_key(secret, site_id.to_bytes(4, "little"), context),
             repeatable_noise=True,
             features=self._features,
@@ -235,7 +240,7 @@ class Fleet:
         local_key = load_local_key(folder.local_key)
         store = FileStore(
             folder.path / "secagg.state",
-            self.folder.witness(site_id),
+            self.folder.witness(site_id, "secagg"),
             key=local_key,
             site=site_id,
             run=self.run_id.encode(),
@@ -246,35 +251,45 @@ class Fleet:
 
     @cached_property
     def roster(self) -> Roster:
-        """The public keys of all sites; empty in a study without secure aggregation."""
-        if self.config.study.plain_updates:
-            return {}
+        """The public keys of all sites."""
         return load_roster(self.folder.roster, None).keys
 
-    def check_spend(self) -> None:
-        """Each site's own record of its spend must hold what the run's events say that it was charged.
+    def ledger(self, site_id: int) -> Ledger:
+        """The site's ledger, its budget opened. A few stay open: of a thousand sites each has a file."""
+        if (ledger := self._ledgers.pop(site_id, None)) is None:
+            while len(self._ledgers) >= _OPEN_LEDGERS:
+                self._ledgers.pop(next(iter(self._ledgers))).close()
+            identity = load_identity(SiteFolder(self.folder.site(site_id)).identity, None)
+            witness = self.folder.witness(site_id, "ledger")
+            ledger = Ledger(self.folder.ledger(site_id), identity, site_id, witness=witness)
+            ledger.open_scope(
+                SCOPE,
+                target_epsilon=self.plan.target_epsilon,
+                delta=self.plan.delta,
+                planned=self.plan.events,
+            )
+        self._ledgers[site_id] = ledger  # the newest last
+        return ledger
+
+    def balance(self, site_id: int) -> Balance:
+        """What the site has spent, by its own ledger."""
+        return self.ledger(site_id).balance(SCOPE)
+
+    def check_ledgers(self) -> None:
+        """Each site's ledger must hold what the server has receipts for.
 
         Raises:
-            PrivacyError: a spend file was lost or cut short: its site would start again with a full budget.
+            LedgerError: one was lost, cut short or replaced: its site would start again with a full budget.
         """
-        charged: dict[int, Counter[SampledGaussianEvent]] = {}
-        for part in self.folder.site_rounds():
-            if part.status == "ok":
-                found = [SampledGaussianEvent.from_json(event) for event in part.events]
-                charged.setdefault(part.site, Counter()).update(found)
-        for site, events in charged.items():
-            if not events <= Counter(self.budget(site).events):
-                raise PrivacyError(
-                    f"{self.folder.spend(site)} holds less than the run's events say that site {site} was "
-                    "charged: it was lost or cut short, so what the site has spent is unknown. Restore it"
+        if not self.plan.private:
+            return
+        for site, receipt in Receipts(self.folder.receipts, self.roster).newest.items():
+            entries = self.ledger(site).entries()
+            if len(entries) < receipt.seq or entries[receipt.seq - 1].hash != receipt.hash:
+                raise RolledBackError(
+                    f"another ledger in {self.folder.ledger(site)} than the one of which the server has a "
+                    f"receipt over {receipt.seq} entries"
                 )
-
-    def budget(self, site_id: int) -> Budget:
-        return Budget(
-            self.folder.spend(site_id),
-            target_epsilon=self.plan.target_epsilon,
-            delta=self.plan.delta,
-        )
 
     def job(self) -> Job:
         return Job(
@@ -288,6 +303,7 @@ class Fleet:
             public=self.public,
             features=FeatureCache(),
             roster=self.roster,
+            receipts=Receipts(self.folder.receipts, self.roster) if self.plan.private else None,
         )
 
     def scores(self, adapter: Vector) -> dict[str, float]:

@@ -113,8 +113,7 @@ def fill_folder(path: Path, config: RunConfig) -> RunFolder:
         file.write(fresh_key())
         file.flush()
         os.fsync(file.fileno())
-    if not config.study.plain_updates:
-        enrol(folder, config)
+    enrol(folder, config)
     write_atomically(folder.config, config.to_toml().encode())
     return folder
 
@@ -125,7 +124,7 @@ def enrol(folder: RunFolder, config: RunConfig) -> None:
     for site in range(1, config.sites.count + 1):
         card = create_site(SiteFolder(folder.site(site)), f"site-{site:04d}", os.urandom, None)
         members.append(Member(site, card.name, card.public))
-    folder.witness(1).parent.mkdir()
+    folder.witness(1, "").parent.mkdir()
     authority = IdentityKey.generate(os.urandom)  # needed once: a simulated federation never grows
     write_atomically(folder.roster, sign_roster("simulation", 1, members, (), authority).encode())
 
@@ -145,7 +144,7 @@ def simulate(folder: RunFolder, engine: Engine, watcher: Watcher) -> Outcome:
 
 def _simulate(folder: RunFolder, engine: Engine, watcher: Watcher, began: float) -> Outcome:
     fleet = open_fleet(folder.path.resolve())
-    fleet.check_spend()
+    fleet.check_ledgers()
     job = fleet.job()
     dropout = fleet.config.sites.dropout
     app = server.app.make_app(
@@ -174,7 +173,7 @@ def _simulate(folder: RunFolder, engine: Engine, watcher: Watcher, began: float)
 def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outcome:
     """Export the adapter, write the summary and the report."""
     folder, config = fleet.folder, fleet.config
-    fleet.check_spend()
+    fleet.check_ledgers()
     claim = _claim(fleet)
     export_adapter(fleet.model, end.adapter, config, claim, folder.adapter)
     held_out = fleet.held_out(end.adapter)
@@ -192,12 +191,12 @@ def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outco
 
 
 def _claim(fleet: Fleet) -> PrivacyClaim:
-    """The worst site's spend, as its own budget file has it."""
+    """The worst site's spend, as its own ledger has it."""
     private = fleet.plan.private
-    budgets = [fleet.budget(i) for i in range(1, fleet.config.sites.count + 1)] if private else []
+    balances = [fleet.balance(i) for i in range(1, fleet.config.sites.count + 1)] if private else []
     return PrivacyClaim(
-        epsilon_rdp=max(b.epsilon_rdp for b in budgets) if budgets else None,
-        epsilon_pld=max(b.epsilon_pld for b in budgets) if budgets else None,
+        epsilon_rdp=max(b.epsilon_rdp for b in balances) if balances else None,
+        epsilon_pld=max(b.epsilon_pld for b in balances) if balances else None,
         delta=fleet.plan.delta,
         secure_aggregation=not fleet.config.study.plain_updates,
         read_from_data=fleet.config.privacy.read_from_data,
@@ -262,10 +261,10 @@ def _scores(fleet: Fleet, rounds: list[RoundEvent], final: dict[str, float]) -> 
 
 
 def epsilon_by_site(fleet: Fleet) -> dict[str, float]:
-    """What each site has spent, by its own record; empty where privacy is off."""
+    """What each site has spent, by its own ledger; empty where privacy is off."""
     if not fleet.plan.private:
         return {}
-    return {str(i): fleet.budget(i).epsilon_rdp for i in range(1, fleet.config.sites.count + 1)}
+    return {str(i): fleet.balance(i).epsilon_rdp for i in range(1, fleet.config.sites.count + 1)}
 
 
 def majority_share(fleet: Fleet) -> float | None:

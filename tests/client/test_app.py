@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
-from client.budget import Budget
 from client.identity import SiteFolder, create_site, load_identity, load_local_key
+from client.ledger import Ledger
 from client.site import Pinned, Site
 from client.store import FileStore, drop_waiting, load_waiting
 from client.training import Shard
@@ -23,6 +22,8 @@ from common import wire
 from common.aggregation import policy_of
 from common.errors import DataError, ModelError, PrivacyError, StatusCode
 from common.features import FeatureCache
+from common.ledger_head import HEAD_BYTES, SignedHead
+from common.ledger_replay import State
 from common.noise import derived_key
 from common.plan import make_plan, resolve
 from common.secagg.keys import IdentityKey
@@ -47,7 +48,7 @@ class Client:
         return reply.content
 
     def ask(self, request: wire.Message, kind: str = "train") -> wire.Message:
-        return wire.decode(self.send(wire.encode(request), kind))
+        return wire.decode_reply(self.send(wire.encode(request), kind))[0]
 
     def vector(self, request: wire.TrainRequest) -> Ring:
         """The encoded update that waits after the site has said that it is ready."""
@@ -69,8 +70,8 @@ class Client:
 
     @property
     def charges(self) -> int:
-        path = self.site.folder / "spend.jsonl"
-        return len(path.read_bytes().splitlines()) if path.exists() else 0
+        assert self.site.ledger is not None
+        return len(self.site.ledger.balance("records").reservations)
 
     @property
     def log(self) -> str:
@@ -96,6 +97,8 @@ def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
         random_bytes=os.urandom,
     )
     identity = load_identity(folder.identity, None)
+    ledger = Ledger(folder.path / "ledger.sqlite", identity, 3, witness=tmp_path / "ledger.witness")
+    ledger.open_scope("records", target_epsilon=plan.target_epsilon, delta=plan.delta, planned=plan.events)
     return Client(
         Site(
             site_id=3,
@@ -107,7 +110,8 @@ def subject(tmp_path: Path, world: Callable[..., World]) -> Client:
             plan=plan,
             plan_digest=plan_digest(plan),
             setting=b"a configuration and a base model",
-            budget=Budget(folder.path / "spend.jsonl", target_epsilon=plan.target_epsilon, delta=plan.delta),
+            ledger=ledger,
+            scope="records",
             noise_key=lambda context: derived_key(bytes(32), context),
             repeatable_noise=True,
             features=FeatureCache(),
@@ -141,7 +145,42 @@ def test_ready_is_all_that_is_said(subject: Client) -> None:
     """Not how long it took, how many records there are, nor anything of the update."""
     content = subject.send(wire.encode(subject.request()))
     assert dict(content.config_records["confide"]) == {"kind": "ready", "version": 2, "site": 3, "round": 1}
-    assert list(content) == ["confide"]
+    assert sorted(content) == ["confide", "ledger"]  # and the signed head of its ledger
+    assert len(content.config_records["ledger"]["head"]) == HEAD_BYTES
+    _, head = wire.decode_reply(content)
+    assert head is not None and head.site == 3
+
+
+def test_every_answer_carries_the_newest_head(subject: Client) -> None:
+    """A refusal too: whoever keeps heads sees that nothing was forgotten in between."""
+
+    def head(content: RecordDict) -> SignedHead:
+        _, found = wire.decode_reply(content)
+        assert found is not None and subject.site.pinned is not None
+        assert found.is_signed_by(subject.site.pinned.identity.public)
+        return found
+
+    before = head(subject.send(wire.encode(wire.Hello(0)), "query.hello"))
+    after = head(subject.send(wire.encode(subject.request())))
+    refused = head(subject.send(wire.encode(subject.request(round=99))))
+    assert before.seq < after.seq == refused.seq and after.hash == refused.hash
+
+
+def test_a_repeated_computation_with_another_result_is_refused(
+    subject: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two results under one noise differ by what the noise was to hide."""
+    first = subject.vector(subject.request())
+    subject.forget()
+    real = client.app.train
+
+    def drifts(*arguments: Any) -> Any:
+        return real(*arguments) + np.float32(0.1)
+
+    monkeypatch.setattr(client.app, "train", drifts)
+    assert subject.ask(subject.request()) == wire.Refusal(3, StatusCode.REFUSED_PRIVACY)
+    assert "output" in subject.log
+    assert not subject.site.waiting.exists() and len(first)
 
 
 def test_an_update_that_waits_is_the_answer_to_its_question(
@@ -189,8 +228,10 @@ def test_metrics_are_charged_with_training(subject: Client) -> None:
     vector = both.vector(both.request())
     policy = policy_of(config, subject.site.model, plan.round(1))
     assert set(policy.codec.decode_sum(vector, 1).counts) == {"records", "correct", "loss"}
-    (line,) = (both.site.folder / "spend.jsonl").read_text().splitlines()
-    assert [e["steps"] for e in json.loads(line)["events"]] == [plan.round(1).steps, 1]
+    assert both.site.ledger is not None
+    (reservation,) = both.site.ledger.balance("records").reservations
+    assert [e.steps for e in reservation.charge.events] == [plan.round(1).steps, 1]
+    assert reservation.state is State.COMPLETED
 
 
 def test_the_same_question_gets_the_same_answer_for_one_charge(subject: Client) -> None:
@@ -273,7 +314,8 @@ def test_only_a_train_request_trains(subject: Client, message: wire.Message) -> 
 @pytest.mark.usefixtures("no_training")
 def test_a_message_that_does_not_decode_is_refused(subject: Client, kind: str) -> None:
     for content in (RecordDict(), RecordDict({"confide": ConfigRecord({"kind": "train"})})):
-        assert wire.decode(subject.send(content, kind)) == wire.Refusal(3, StatusCode.REFUSED_PROTOCOL)
+        answer, _ = wire.decode_reply(subject.send(content, kind))
+        assert answer == wire.Refusal(3, StatusCode.REFUSED_PROTOCOL)
 
 
 def test_the_charge_precedes_training(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +337,10 @@ def test_a_charge_that_is_not_written_stops_everything(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Budget, "reserve", full)
-    assert subject.ask(subject.request()) == wire.Refusal(3, StatusCode.FAILED_INTERNAL)
+    for step in ("reserve", "start"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, step, full)
+            assert subject.ask(subject.request()) == wire.Refusal(3, StatusCode.FAILED_INTERNAL)
 
 
 def test_a_spent_budget_refuses(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +351,8 @@ def test_a_spent_budget_refuses(subject: Client, monkeypatch: pytest.MonkeyPatch
     assert answer == wire.Refusal(3, StatusCode.REFUSED_BUDGET)
     # The plan has two rounds, so two answers fit, whatever the server calls them.
     assert subject.charges == 2
-    assert subject.site.budget.epsilon_rdp <= subject.site.plan.target_epsilon
+    assert subject.site.ledger is not None
+    assert subject.site.ledger.balance("records").epsilon_rdp <= subject.site.plan.target_epsilon
 
 
 @pytest.mark.parametrize(
@@ -329,7 +374,7 @@ def test_an_exception_s_text_stays_at_the_site(
 
     monkeypatch.setattr(client.app, "train", train)
     content = subject.send(wire.encode(subject.request()))
-    assert wire.decode(content) == wire.Refusal(3, code)
+    assert wire.decode_reply(content)[0] == wire.Refusal(3, code)
     assert "patient" not in repr(content) + str(dict(content))
     assert SECRET in subject.log
 
@@ -363,8 +408,11 @@ def test_other_records_are_another_charge(subject: Client) -> None:
 def test_a_study_without_privacy_is_charged_nothing(subject: Client) -> None:
     plan = subject.site.plan
     rounds = tuple(dataclasses.replace(r, event=None) for r in plan.rounds)
-    study = Client(
-        dataclasses.replace(subject.site, plan=dataclasses.replace(plan, rounds=rounds, private=False))
-    )
+    open_plan = dataclasses.replace(plan, rounds=rounds, private=False)
+    with pytest.raises(PrivacyError, match="without a ledger"):
+        dataclasses.replace(subject.site, ledger=None)
+    with pytest.raises(PrivacyError, match="without a ledger"):
+        dataclasses.replace(subject.site, plan=open_plan)
+    study = Client(dataclasses.replace(subject.site, plan=open_plan, ledger=None))
     study.vector(study.request())
-    assert study.charges == 0
+    assert subject.charges == 0

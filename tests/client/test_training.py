@@ -44,7 +44,7 @@ def round_plan(
     **changes: Any,
 ) -> RoundPlan:
     event = SampledGaussianEvent(rate, sigma, steps, clip, batch) if private else None
-    plan = RoundPlan(part, event, steps, rate, batch, 0.5, 0.0, LocalOptimizer.SGD, 0.0, 8)
+    plan = RoundPlan(part, event, None, steps, rate, batch, 0.5, 0.0, LocalOptimizer.SGD, 0.0, 8)
     return dataclasses.replace(plan, **changes)
 
 
@@ -217,19 +217,30 @@ def test_fedprox_pulls_towards_the_start(world: Worlds) -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_a_loss_that_is_not_finite_raises(world: Worlds) -> None:
+def test_a_loss_that_is_not_finite_raises_where_nothing_is_private(world: Worlds) -> None:
     this = world("bert-mean")
     start = np.full(this.model.layout.size, 3e38, dtype=np.float32)
-    for private in (True, False):
-        with pytest.raises(ModelError, match="a training loss is not finite"):
-            train(
-                this.model,
-                shard_of(this),
-                round_plan(rate=0.5, private=private),
-                start,
-                NoiseStream(KEY),
-                FeatureCache(),
-            )
+    with pytest.raises(ModelError, match="a training loss is not finite"):
+        train(
+            this.model,
+            shard_of(this),
+            round_plan(rate=0.5, private=False),
+            start,
+            NoiseStream(KEY),
+            FeatureCache(),
+        )
+
+
+def test_a_gradient_that_is_not_finite_counts_as_none(world: Worlds) -> None:
+    """An error would tell the server, without noise, that such a record is there. So does NaN in the sum."""
+    this, noise = world("bert-mean"), {"sigma": 0.5, "clip": 0.1, "steps": 2}
+    start = np.full(this.model.layout.size, 3e38, dtype=np.float32)  # no record has a finite loss there
+    plan = round_plan(rate=0.5, learning_rate=1e36, **noise)
+    found = [
+        train(this.model, shard, plan, start, stream, FeatureCache())
+        for shard, stream in ((shard_of(this), NoiseStream(KEY)), (shard_of(this, 59), NoiseStream(KEY)))
+    ]
+    assert all(np.isfinite(update).all() and np.abs(update).max() > 0 for update in found)
 
 
 def test_an_adapter_that_leaves_the_numbers_raises(world: Worlds) -> None:
@@ -267,8 +278,9 @@ def test_a_training_that_failed_leaves_nothing_behind(world: Worlds, monkeypatch
 
         def losses(task: Any, logits: Any, batch: Any, calls: Any = calls, n: int = fail_at) -> Any:
             calls.append(None)
-            good = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
-            return good * (math.nan if len(calls) == n else 1)
+            if len(calls) == n:
+                raise ModelError("a fault between two micro-batches")
+            return torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
 
         with monkeypatch.context() as patch:
             patch.setattr(type(this.model.task), "record_losses", losses)

@@ -98,14 +98,15 @@ def test_the_context_binds_adapter_plan_layout_and_round() -> None:
     moved_one = adapter.copy()
     moved_one[2] = np.nextafter(np.float32(1), np.float32(2))
     contexts = {
-        context_of(adapter, "p", "l", 1),
-        context_of(moved_one, "p", "l", 1),
-        context_of(adapter, "q", "l", 1),
-        context_of(adapter, "p", "m", 1),
-        context_of(adapter, "p", "l", 2),
+        context_of("r", adapter, "p", "l", 1),
+        context_of("r", moved_one, "p", "l", 1),
+        context_of("r", adapter, "q", "l", 1),
+        context_of("r", adapter, "p", "m", 1),
+        context_of("r", adapter, "p", "l", 2),
+        context_of("s", adapter, "p", "l", 1),
     }
-    assert len(contexts) == 5
-    assert context_of(adapter.copy(), "p", "l", 1) in contexts
+    assert len(contexts) == 6
+    assert context_of("r", adapter.copy(), "p", "l", 1) in contexts
 
 
 @pytest.mark.parametrize(

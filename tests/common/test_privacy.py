@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from opacus.accountants.analysis import rdp as opacus_rdp
 from scipy.integrate import quad
 
-from common.errors import BudgetError, PrivacyError
+from common.errors import PrivacyError
 from common.privacy import (
     ORDERS,
     SampledGaussianEvent,
     _rdp_step,
     calibrate_noise_multiplier,
-    check_spend,
     default_delta,
     epsilon_pld,
     epsilon_rdp,
@@ -227,16 +226,7 @@ def test_a_target_already_spent_is_refused() -> None:
 def test_too_little_noise_is_refused() -> None:
     with pytest.raises(PrivacyError, match=r"at least 0\.2"):
         epsilon_rdp([event(0.1, 1e-160, 1)], DELTA)
-    with pytest.raises(BudgetError):  # finite, and beyond all that anyone would allow
-        check_spend([], [event(0.1, 0.01, 1)], target_epsilon=100, delta=DELTA)
-
-
-def test_a_charge_over_the_target_is_refused_and_says_by_how_much() -> None:
-    spent, charge = [event(0.1, 1.0, 10)] * 3, event(0.1, 1.0, 10)
-    after = epsilon_rdp([*spent, charge], DELTA)
-    assert check_spend(spent, [charge], target_epsilon=after, delta=DELTA) == after
-    with pytest.raises(BudgetError, match=f"to {after:.4f}"):
-        check_spend(spent, [charge], target_epsilon=after - 1e-9, delta=DELTA)
+    assert epsilon_rdp([event(0.1, 0.01, 1)], DELTA) > 1000  # finite, and beyond what anyone would allow
 
 
 @given(

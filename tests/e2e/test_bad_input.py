@@ -18,6 +18,7 @@ from common.errors import (
     PrivacyError,
     RoundError,
 )
+from common.ledger_errors import RolledBackError
 from tests.e2e.command import invoke, run_process
 
 Fault = tuple[str, list[str], type[ConfideError], str]
@@ -177,13 +178,18 @@ def test_data_that_changed_under_a_run(config: Path, tmp_path: Path, data_file: 
         invoke("simulate", "--resume", runs / "tiny", "--json")
 
 
-def test_a_spend_file_that_was_lost(config: Path, tmp_path: Path) -> None:
+def test_a_ledger_that_was_lost(config: Path, tmp_path: Path) -> None:
     """Without it the site would begin again with a full budget, and the claim would be zero."""
     runs = tmp_path / "runs"
     invoke("simulate", config, "--runs", runs, "--json")
-    (runs / "tiny" / "sites" / "0002" / "spend.jsonl").unlink()
-    with pytest.raises(PrivacyError, match="site 2"):
-        invoke("simulate", "--resume", runs / "tiny", "--json")
+    run = runs / "tiny"
+    (run / "sites" / "0002" / "ledger.sqlite").unlink()
+    with pytest.raises(RolledBackError, match="0002"):
+        invoke("simulate", "--resume", run, "--json")
+    # Neither does it help to lose the witness as well: the server has receipts.
+    (run / "witnesses" / "0002.ledger").unlink()
+    with pytest.raises(RolledBackError, match="0002"):
+        invoke("simulate", "--resume", run, "--json")
 
 
 @pytest.mark.parametrize("content", [b"", b"short"])

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -158,13 +160,16 @@ def _result(run: Path) -> dict[str, bytes]:
     names = ["adapter/adapter_model.safetensors", "adapter/head.safetensors"]
     found = {name: (run / name).read_bytes() for name in names}
     found.update({name: value.tobytes() for name, value in load_file(newest).items()})
-    for spend in sorted((run / "sites").glob("*/spend.jsonl")):
-        found[spend.parent.name] = spend.read_bytes()
+    for ledger in sorted((run / "sites").glob("*/ledger.sqlite")):
+        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as connection:
+            rows = connection.execute("SELECT body, hash, signature FROM entries ORDER BY seq").fetchall()
+        found[ledger.parent.name] = repr(rows).encode()
+    assert len(found) > 5
     return found
 
 
 def _twins(config: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two folders of one run that has not begun: the same configuration and secret."""
+    """Two folders of one run that has not begun: the same configuration, secret and keys."""
     from common.config import load_config
     from simulations.run import create_folder, prepare
 
@@ -193,15 +198,12 @@ def test_killed_and_resumed_equals_undisturbed(config: Path, tmp_path: Path) -> 
 @pytest.mark.timeout(1800)
 def test_killed_at_thirty_random_points(config: Path, tmp_path: Path) -> None:
     first, second = _twins(config, tmp_path)
+    pristine = shutil.copytree(first, tmp_path / "pristine")
     assert run_process("simulate", "--resume", first, "--json", cwd=tmp_path).returncode == 0
     rng = np.random.default_rng()
     for _ in range(10):
         shutil.rmtree(second)
-        shutil.copytree(
-            first,
-            second,
-            ignore=lambda _, names: {n for n in names if n not in {"config.toml", "secret.key"}},
-        )
+        shutil.copytree(pristine, second)
         _kill_and_resume(second, tmp_path, list(rng.uniform(0, 0.5, 3)))
         assert run_process("simulate", "--resume", second, "--json", cwd=tmp_path).returncode == 0
         assert _result(first) == _result(second)

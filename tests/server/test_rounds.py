@@ -115,6 +115,7 @@ def federation(tmp_path: Path, world: Callable[..., World]) -> Callable[..., Fed
                 public=this.examples,
                 features=FeatureCache(),
                 roster={},
+                receipts=None,
             )
         )
 
