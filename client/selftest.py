@@ -52,7 +52,8 @@ def _shifted(vector: Vector) -> Vector:
 def _refuse(what: str) -> PrivacyError:
     return PrivacyError(
         f"self-test failed: {what}. Training on this machine would not be what it claims; install the pinned "
-        "versions (constraints.txt) and run `confide doctor`"
+        "versions (constraints.txt) and run `confide doctor`. If that passes, it is this model: choose "
+        "linear layers of it in adapter.target_modules"
     )
 
 

@@ -122,24 +122,21 @@ def span_of(text: str, value: object, start: object, cell: Cell) -> tuple[str, i
             )
         value, start = texts[0], starts[0]
     answer = filled(value, cell)
+    blanks = len(answer) - len(answer.lstrip())  # in front of the answer: no part of it
     if start is None:
-        place = text.find(answer)
+        place = text.find(answer.strip())
         if place < 0:
             raise cell.fault("an answer that stands in the context word for word", short(answer))
-        return answer, place
+        return answer.strip(), place
     digits = value_of(start, cell).strip()
     place = int(digits) if digits.isdecimal() else -1
     if place < 0 or text[place : place + len(answer)] != answer:
         near = text.find(answer)
-        hint = (
-            f"It stands at character {near}, counted from 0."
-            if near >= 0
-            else "It stands nowhere in the context."
-        )
+        hint = f"It stands at character {near}, counted from 0." if near >= 0 else "It stands nowhere in it."
         raise cell.fault(
             f"the answer {short(answer)} at character {short(digits)} of the context", "other text", hint
         )
-    return answer, place
+    return answer.strip(), place + blanks
 
 
 def template_fields(template: str) -> tuple[str, ...]:

@@ -100,6 +100,8 @@ def test_a_column_for_the_start(tmp_path: Path) -> None:
     assert read_table(lines(tmp_path, ok), columns).start == (13,)
     said = refusal(lines(tmp_path, ok, {**ok, "at": 12}), columns)
     assert "row 2, column 'answer'" in said and "It stands at character 8" in said
+    blank = read_table(lines(tmp_path, {**ok, "answer": " Bob", "at": 12}), columns)
+    assert (blank.label, blank.start) == (("Bob",), (13,))
     assert "nowhere" in refusal(lines(tmp_path, {**ok, "answer": "Eve"}), columns)
     assert "at character '-1'" in refusal(lines(tmp_path, {**ok, "at": -1}), columns)
 
