@@ -17,7 +17,7 @@ from rich.markup import escape
 from client import cli as client_cli
 from common.errors import ConfideError
 from server import cli as server_cli
-from simulations import audit_cli, cli, doctor, plan_cli
+from simulations import audit_cli, cli, doctor, plan_cli, use_cli
 
 app = typer.Typer(
     name="confide",
@@ -30,6 +30,8 @@ app = typer.Typer(
 app.command()(cli.simulate)
 app.command()(cli.report)
 app.command()(plan_cli.plan)
+app.command()(use_cli.predict)
+app.command()(use_cli.ask)
 app.command()(doctor.doctor)
 app.add_typer(client_cli.app, name="client")
 app.add_typer(server_cli.app, name="server")

@@ -37,7 +37,7 @@ def measure(
         losses.append(loss.cpu().numpy())
         correct.append(right.cpu().numpy())
         order.append(part)
-    target = shard.examples.target[np.concatenate(order)]
+    target = shard.examples.targets(np.concatenate(order)).numpy()
     size = (len(counts_of(config, plan)),)
     noised = noise.gaussian(size, plan.metrics.noise_multiplier).numpy()
     return site_counts(config, plan, np.concatenate(losses), np.concatenate(correct), target, noised)

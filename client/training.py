@@ -42,10 +42,8 @@ class Shard:
     def digest(self) -> bytes:
         """SHA-256 of the records, in order."""
         h = hashlib.sha256(b"confide/shard/v1")
-        h.update(self.examples.lengths[self.indices].tobytes() + self.examples.target[self.indices].tobytes())
-        for index in self.indices:
-            start, end = self.examples.starts[index : index + 2]
-            h.update(self.examples.tokens[start:end].tobytes())
+        for content in self.examples.contents(self.indices):
+            h.update(len(content).to_bytes(8, "little") + content)
         return h.digest()
 
 
@@ -183,7 +181,7 @@ def forward_of(
         cached = features.of(model, shard.examples, shard.indices)
 
         def probe(indices: IntArray) -> tuple[torch.Tensor, Batch]:
-            target = torch.from_numpy(shard.examples.target[indices]).to(model.device)
+            target = shard.examples.targets(indices).to(model.device)
             return head(cached[indices].to(model.device)), Batch({}, target)
 
         return head, probe

@@ -27,16 +27,14 @@ from pydantic import (
 )
 
 from common.errors import ConfigError
+from common.kinds import TaskKind as TaskKind
+from common.kinds import misfit
 
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-
-
-class TaskKind(Enum):
-    SEQUENCE_CLASSIFICATION = "sequence-classification"
-    CAUSAL_LM = "causal-lm"
 
 
 class Head(Enum):
@@ -102,7 +100,9 @@ class RunSection(_Section):
 
 class TaskSection(_Section):
     kind: TaskKind = TaskKind.SEQUENCE_CLASSIFICATION
-    labels: tuple[str, ...] = ()  # classification; empty: the labels found in the training data
+    labels: tuple[str, ...] = ()  # names of classes or tags; empty: those found in the training data
+    class_weights: tuple[Positive, ...] = ()  # public; of each label's loss, in the order of labels
+    range: tuple[Finite, Finite] | None = None  # regression: public bounds of its numbers
 
 
 class ModelSection(_Section):
@@ -130,6 +130,8 @@ class DataSection(_Section):
     text: str = "text"  # column names
     label: str | None = "label"  # "": none
     prompt: str | None = None
+    start: str | None = None  # question-answering: where the answer begins; none: where it first occurs
+    template: str | None = None  # the text from several columns: "age {age}, trade {trade}"
     group: str | None = None
     test_fraction: Fraction = 0.2  # held out as public evaluation set, by whole groups where group is set
     max_characters: Count = 20_000  # longer records are left out
@@ -246,6 +248,9 @@ class EvaluationSection(_Section):
     records: Annotated[int, Field(strict=True, ge=0)] = (
         0  # of an evaluation between; 0: all. Before and after: all.
     )
+    decoded: Annotated[int, Field(strict=True, ge=0)] = (
+        32  # public records that a generating model answers in full, before and after
+    )
 
 
 class StudySection(_Section):
@@ -277,10 +282,17 @@ class RunConfig(_Section):
     def _fits_together(self) -> RunConfig:
         if (self.data.sample is None) == (self.data.train is None):
             raise ValueError("data: set exactly one of data.sample and data.train")
-        if self.task.kind is TaskKind.SEQUENCE_CLASSIFICATION and self.data.label is None:
-            raise ValueError("data.label: sequence-classification needs a label column")
-        if self.model.head is Head.MEAN and self.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
-            raise ValueError("model.head: 'mean' is for sequence-classification on encoders")
+        if fault := misfit(
+            self.task.kind,
+            labels=self.task.labels,
+            class_weights=self.task.class_weights,
+            range_=self.task.range,
+            label=self.data.label,
+            prompt=self.data.prompt,
+            template=self.data.template,
+            mean_head=self.model.head is Head.MEAN,
+        ):
+            raise ValueError(fault)
         if self.sites.partition is Partition.GROUPS and self.data.group is None:
             raise ValueError("sites.partition: 'groups' needs data.group, the column that names the group")
         if self.model.head is Head.MEAN and not self.adapter.train_head:

@@ -2,7 +2,7 @@
 
 A record is a row of a csv, tsv, jsonl or parquet file, of a folder that `datasets` saved, or of an
 embedded sample. Everything is read into a `Table` of strings. A fault names the file, the row and the
-column; the contents of a record are shown only as far as `common.tables.short` cuts them.
+column; the contents of a record are shown only as far as `common.cells.short` cuts them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,19 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cells import listed, nearest, short, type_name, unusable
+from common.corpora import conll_records, squad_records
 from common.errors import DataError
-from common.tables import (
-    Columns,
-    Record,
-    Table,
-    listed,
-    nearest,
-    short,
-    table_of,
-    type_name,
-    unusable,
-)
+from common.tables import Columns, Record, Table, table_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _COMPRESSED = (".gz", ".bz2", ".xz")
-_KINDS = ".csv, .tsv, .jsonl, .ndjson (each also .gz, .bz2, .xz), .parquet, or a folder saved by `datasets`"
+_KINDS = (
+    ".csv, .tsv, .jsonl, .ndjson, .conll, SQuAD's .json (each also .gz, .bz2, .xz), .parquet, or a folder "
+    "saved by `datasets`"
+)
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})  # how a missing number is spelled in a text file
 
 
@@ -51,6 +46,8 @@ class _Kind(Enum):
     CSV = "csv"
     TSV = "tsv"
     JSONL = "jsonl"
+    CONLL = "conll"
+    SQUAD = "squad"
     PARQUET = "parquet"
     FOLDER = "folder"
 
@@ -76,6 +73,10 @@ def read_table(path: Path, columns: Columns) -> Table:
             records = _delimited(path, "\t", columns.names)
         case _Kind.JSONL:
             records = _json_lines(path, columns.names)
+        case _Kind.CONLL:
+            records = _corpus(path, columns.names, conll_records(_decoded(path), path))
+        case _Kind.SQUAD:
+            records = _corpus(path, columns.names, squad_records(_decoded(path), path))
         case _Kind.PARQUET:
             records = _arrow_rows(_parquet(path, columns.names), path, columns.names)
         case _Kind.FOLDER:
@@ -131,8 +132,10 @@ def _kind(path: Path) -> _Kind:
             return _Kind.JSONL
         case [*_, ".parquet"] if not compressed:
             return _Kind.PARQUET
+        case [*_, ".conll" | ".bio" | ".iob"]:
+            return _Kind.CONLL
         case [*_, ".json"]:
-            hint = "If it holds one object a line, rename it to .jsonl."
+            return _Kind.SQUAD
         case [*_, ".arrow"]:
             hint = "Point at the folder that `save_to_disk` wrote, not at a file in it."
         case _:
@@ -218,6 +221,13 @@ def _json_lines(path: Path, names: Sequence[str]) -> Iterator[Record]:
         _require(path, names, list(record), row=None if first else row)
         first = False
         yield row, record
+
+
+def _corpus(path: Path, names: Sequence[str], records: Iterator[Record]) -> Iterator[Record]:
+    """The records of an annotated corpus, whose columns are always the same."""
+    for row, cells in records:
+        _require(path, names, list(cells))
+        yield row, cells
 
 
 def _parquet(path: Path, names: Sequence[str]) -> pa.Table:

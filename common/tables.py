@@ -1,49 +1,64 @@
-"""Records in memory: the table, how cells become its strings, its cleaning, its labels.
-
-A `Table` holds strings only. The contents of a record are shown in a message only as far as `_SHOWN`
-characters, since messages end up in logs.
-"""
+"""Records in memory: the table, its cleaning, its labels. A `Table` holds strings only."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from common.cells import (
+    Cell,
+    filled,
+    label_of,
+    listed,
+    nearest,
+    short,
+    span_of,
+    template_fields,
+    text_of,
+    value_of,
+)
 from common.errors import DataError
-
-_SHOWN = 40  # characters of a value that may stand in a message
-_LISTED = 10  # names that a message lists before it says "and N more"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file the task reads; None: not used.
+    """Which columns of a file the task reads; None: not used. How their cells are read: common.cells.
 
     Raises:
-        DataError: a name is empty.
+        DataError: a name is empty, or the template is malformed.
     """
 
     text: str
     label: str | None = None
     prompt: str | None = None
     group: str | None = None
+    start: str | None = None  # where the label begins in the text; see `spans`
+    template: str | None = None  # the text is made of columns: "age {age}, trade {trade}"
+    joint: str | None = None  # between items of a list in label and text, or IMAGES; None: no lists
+    spans: bool = False  # the label is a stretch of the text
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """The columns that the text is made of."""
+        return (self.text,) if self.template is None else template_fields(self.template)
 
     def __post_init__(self) -> None:
-        for role in ("text", "label", "prompt", "group"):
+        for role in ("text", "label", "prompt", "group", "start"):
             if getattr(self, role) == "":
                 raise DataError(f"the {role} column must have a name, found ''. Name a column of the file.")
+        if not self.parts:
+            raise DataError(f"data.template must name a column in braces, found {short(self.template or '')}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns that are read, each once, in the order text, label, prompt, group."""
-        used = (self.text, self.label, self.prompt, self.group)
+        """The columns that are read, each once, in the order text, label, prompt, group, start."""
+        used = (*self.parts, self.label, self.prompt, self.group, self.start)
         return tuple(dict.fromkeys(name for name in used if name is not None))
 
 
@@ -65,9 +80,12 @@ class Table:
     prompt: tuple[str, ...] | None
     group: tuple[str, ...] | None
     rows: tuple[int, ...]
+    start: tuple[int, ...] | None = None  # the label begins at this character of the text
 
     def __post_init__(self) -> None:
-        columns = {"label": self.label, "prompt": self.prompt, "group": self.group, "rows": self.rows}
+        columns: dict[str, Sequence[object] | None]
+        columns = {"label": self.label, "prompt": self.prompt, "group": self.group}
+        columns |= {"rows": self.rows, "start": self.start}
         for name, column in columns.items():
             if column is not None and len(column) != len(self.text):
                 raise DataError(
@@ -114,6 +132,7 @@ class Table:
             prompt=pick(self.prompt),
             group=pick(self.group),
             rows=tuple(self.rows[i] for i in where),
+            start=None if self.start is None else tuple(self.start[i] for i in where),
         )
 
 
@@ -127,8 +146,6 @@ class CleaningReport:
     duplicate: int
     over_long: int
 
-
-# From cells to strings
 
 Record = tuple[int, Mapping[str, object]]  # (row, {column: value})
 
@@ -144,15 +161,23 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
     prompt: list[str] = []
     group: list[str] = []
     rows: list[int] = []
+    starts: list[int] = []
     for row, cells in records:
         rows.append(row)
-        text.append(_value(cells[columns.text], path, row, columns.text))
-        if columns.label is not None:
-            label.append(_filled(cells[columns.label], path, row, columns.label))
+        text.append(
+            text_of(cells, columns.template, columns.text, columns.joint, Cell(path, row, columns.text))
+        )
+        if columns.label is not None and columns.spans:
+            begin = None if columns.start is None else cells[columns.start]
+            answer, start = span_of(text[-1], cells[columns.label], begin, Cell(path, row, columns.label))
+            label.append(answer)
+            starts.append(start)
+        elif columns.label is not None:
+            label.append(label_of(cells[columns.label], columns.joint, Cell(path, row, columns.label)))
         if columns.prompt is not None:
-            prompt.append(_value(cells[columns.prompt], path, row, columns.prompt))
+            prompt.append(value_of(cells[columns.prompt], Cell(path, row, columns.prompt)))
         if columns.group is not None:
-            group.append(_filled(cells[columns.group], path, row, columns.group))
+            group.append(filled(cells[columns.group], Cell(path, row, columns.group)))
     if not rows:
         raise DataError(f"{path}: expected records, found none. Add records, or point at another file.")
     return Table(
@@ -162,48 +187,8 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
         prompt=None if columns.prompt is None else tuple(prompt),
         group=None if columns.group is None else tuple(group),
         rows=tuple(rows),
+        start=tuple(starts) if columns.spans else None,
     )
-
-
-def _value(value: object, path: Path, row: int, column: str) -> str:
-    """A cell as a string. What it held is not shown when it is refused."""
-    match value:
-        case str():
-            if not value.isascii():
-                try:
-                    value.encode("utf-8")
-                except UnicodeEncodeError:  # "\ud800" in JSON: no tokenizer takes it
-                    raise DataError(unusable(path, row, column, "half a surrogate pair")) from None
-            return value
-        case bool() | int():
-            return str(value)
-        case float() if math.isnan(value):
-            raise DataError(unusable(path, row, column, "NaN"))
-        case float() if math.isinf(value):
-            raise DataError(unusable(path, row, column, "an infinity"))
-        case float():
-            return str(int(value)) if value.is_integer() else str(value)
-        case _:
-            raise DataError(unusable(path, row, column, type_name(value)))
-
-
-def _filled(value: object, path: Path, row: int, column: str) -> str:
-    """A cell that must hold something: without a label or a group a record cannot be placed."""
-    found = _value(value, path, row, column)
-    if not found.strip():
-        raise DataError(unusable(path, row, column, "an empty value"))
-    return found
-
-
-def unusable(path: Path, row: int, column: str, found: str) -> str:
-    return (
-        f"{path}, row {row}, column {short(column)}: expected text or a number, found {found}. "
-        "Fill it in, or remove the row."
-    )
-
-
-def type_name(value: object) -> str:
-    return "null" if value is None else f"a value of type {type(value).__name__}"
 
 
 # Cleaning and labels
@@ -229,6 +214,7 @@ def clean(table: Table, *, max_characters: int) -> tuple[Table, CleaningReport]:
         prompt=None if table.prompt is None else tuple(map(_tidy, table.prompt)),
         group=None if table.group is None else tuple(map(_tidy, table.group)),
         rows=table.rows,
+        start=None if table.start is None else tuple(map(_moved, table.start, table.text)),
     )
     kept: list[int] = []
     seen: set[tuple[str, str, str]] = set()
@@ -257,6 +243,12 @@ def clean(table: Table, *, max_characters: int) -> tuple[Table, CleaningReport]:
 
 def _tidy(value: str) -> str:
     return unicodedata.normalize("NFC", value).strip()
+
+
+def _moved(start: int, text: str) -> int:
+    """Where character `start` of the text lies once the text is tidy."""
+    lost = len(text) - len(text.lstrip())
+    return len(unicodedata.normalize("NFC", text[min(lost, start) : start]))
 
 
 def label_ids(table: Table, labels: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -294,22 +286,3 @@ def _labels(table: Table) -> tuple[str, ...]:
     if table.label is None:
         raise DataError(f"{table.source}: expected a label column, but none was read. Name it in the config.")
     return table.label
-
-
-# Words for messages
-
-
-def short(value: str) -> str:
-    """`value` quoted, cut to `_SHOWN` characters."""
-    return repr(value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…")
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(short, names[:_LISTED])) + more if names else "none"
-
-
-def nearest(name: str, names: Sequence[str]) -> str | None:
-    by_fold = {other.casefold(): other for other in names if len(other) <= 4 * _SHOWN}
-    near = difflib.get_close_matches(name.casefold()[: 4 * _SHOWN], list(by_fold), n=1)
-    return by_fold[near[0]] if near else None

@@ -1,56 +1,30 @@
 """Task kinds: how records become tokens, what one record's loss is, and which sums measure success.
 
-To add a task: one class with the members of `Task`, one member of `TaskKind`, one line in `make_task`.
-Every loss is *per record* and depends on that record alone; anything else has no bounded sensitivity.
+To add a task: one class with the members of `Task`, one member of `TaskKind` with its needs, one line in
+`make_task`; docs/extending.md has an example. Every loss is *per record* and depends on that record alone;
+anything else has no bounded sensitivity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from common.config import TaskKind
-from common.errors import ConfigError, DataError
-from common.tables import Table, label_ids
+from common.config import TaskKind, TaskSection
+from common.errors import ConfigError
+from common.examples import Batch, Examples, IntArray, by_length, collate
+from common.tables import Table
+from common.task_classify import MultiLabel, Regression, SequenceClassification
+from common.task_generate import CausalLM, Seq2Seq
+from common.task_images import ImageClassification
+from common.task_tokens import ExtractiveQA, TokenClassification
 
-IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised records, ragged, in flat arrays: thousands of sites can share one of these.
-
-    Record i's tokens are `tokens[starts[i]:starts[i+1]]`; `target[i]` is what the task makes of it.
-    """
-
-    tokens: NDArray[np.int32]  # (total tokens,)
-    starts: IntArray  # (records + 1,)
-    target: IntArray  # (records,)
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    @property
-    def lengths(self) -> IntArray:
-        return np.diff(self.starts)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`inputs`: what the model is called with, `(n, longest)`; `target`: `(n,)` int64."""
-
-    inputs: dict[str, torch.Tensor]
-    target: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.target)
+__all__ = ["Batch", "Examples", "IntArray", "Task", "by_length", "collate", "make_task"]
 
 
 class Task(Protocol):
@@ -59,11 +33,15 @@ class Task(Protocol):
     @property
     def kind(self) -> TaskKind: ...
     @property
-    def labels(self) -> tuple[str, ...]: ...  # of a classifier's outputs; empty where there are none
+    def labels(self) -> tuple[str, ...]: ...  # names of a head's outputs; empty where they have none
     @property
-    def peft_task_type(self) -> str: ...  # as peft names it, for the exported adapter
+    def outputs(self) -> int: ...  # of the head that is added to the model; 0: the model's own
 
     def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples: ...
+
+    def made_up(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> Examples:
+        """Three records of nobody, of unlike lengths, for the self-test."""
+        ...
 
     def record_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """`(n,)`: the loss of each record, from that record alone."""
@@ -73,124 +51,42 @@ class Task(Protocol):
         """`(n,)` in [0, 1]: how right each record's answer is."""
         ...
 
+    def record_sums(
+        self, logits: torch.Tensor, batch: Batch, tokenizer: PreTrainedTokenizerBase
+    ) -> torch.Tensor:
+        """`(n, k)`: each record's part in the sums from which `scores` are made."""
+        ...
 
-def collate(
-    examples: Examples, indices: Sequence[int] | IntArray, pad_id: int, device: torch.device
-) -> Batch:
-    """Records `indices`, right-padded to the longest of them."""
-    lengths = examples.lengths[indices]
-    longest = int(lengths.max(initial=1))
-    tokens = np.full((len(indices), longest), pad_id, dtype=np.int64)
-    for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-        start = examples.starts[index]
-        tokens[row, :length] = examples.tokens[start : start + length]
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-    return Batch(
-        {
-            "input_ids": torch.from_numpy(tokens).to(device),
-            "attention_mask": torch.from_numpy(mask).to(device),
-        },
-        torch.from_numpy(examples.target[np.asarray(indices, dtype=np.int64)]).to(device),
-    )
+    def scores(self, sums: NDArray[np.float64], count: int) -> dict[str, float]:
+        """The metrics by name, from the sums `(k,)` over `count` records; the first is the chief one."""
+        ...
 
 
-def by_length(examples: Examples, indices: IntArray, size: int) -> list[IntArray]:
-    """`indices` in micro-batches of at most `size` records of like length, so that little is padding."""
-    order = indices[np.argsort(examples.lengths[indices], kind="stable")]
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _pack(ids: Sequence[Sequence[int]], target: Sequence[int] | IntArray) -> Examples:
-    starts = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(i) for i in ids], out=starts[1:])
-    tokens = np.fromiter((t for i in ids for t in i), dtype=np.int32, count=int(starts[-1]))
-    return Examples(tokens, starts, np.asarray(target, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class SequenceClassification:
-    """One label a record. Loss: cross-entropy; correct: the top class is the label."""
-
-    labels: tuple[str, ...]
-    kind: TaskKind = TaskKind.SEQUENCE_CLASSIFICATION
-    peft_task_type: str = "SEQ_CLS"
-
-    def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        pair = None if table.prompt is None else list(table.prompt)
-        first = list(table.text) if pair is None else pair
-        second = None if pair is None else list(table.text)
-        encoded: Mapping[str, Any] = tokenizer(first, second, truncation=True, max_length=max_length)
-        return _pack(encoded["input_ids"], label_ids(table, self.labels))
-
-    def record_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(logits.float(), batch.target, reduction="none")
-
-    def correct(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return (logits.argmax(dim=-1) == batch.target).float()
-
-
-@dataclass(frozen=True)
-class CausalLM:
-    """Continue the prompt, or model the text where there is none.
-
-    A record's loss is the mean over *its own* answer tokens. The usual mean over a batch's tokens makes
-    one record's gradient depend on the others' lengths, which no clipping bounds.
-    `target` holds the number of leading prompt tokens, which bear no loss.
-    """
-
-    labels: tuple[str, ...] = ()
-    kind: TaskKind = TaskKind.CAUSAL_LM
-    peft_task_type: str = "CAUSAL_LM"
-
-    def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
-        end = [int(tokenizer.eos_token_id)]
-        texts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
-        prompts = (
-            [[] for _ in texts]
-            if table.prompt is None
-            else tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"]
+def make_task(kind: TaskKind, labels: Sequence[str], section: TaskSection | None = None) -> Task:
+    """The task of this kind with these labels; `section` has what the configuration says beyond them."""
+    names = tuple(labels)
+    weights = () if section is None else section.class_weights
+    if kind.needs.names and len(names) < 2:
+        raise ConfigError(
+            f"{kind.value} needs at least two labels, found {list(names)}: check data.label, or set "
+            "task.labels"
         )
-        start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-        ids, masked = [], []
-        for prompt, text in zip(prompts, texts, strict=True):
-            # A long prompt keeps its end, and at least half of the length is left to the answer.
-            room = max_length // 2 - len(start)
-            head = start + prompt[len(prompt) - min(room, len(prompt)) :]
-            ids.append((head + text + end)[:max_length])
-            masked.append(max(len(head), 1))
-        return _pack(ids, masked)
-
-    def _own_tokens(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token labels `(n, longest - 1)` and which of them belong to the answer."""
-        labels = batch.inputs["input_ids"][:, 1:]
-        position = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-        own = (batch.inputs["attention_mask"][:, 1:] == 1) & (position >= batch.target[:, None])
-        return labels, own
-
-    @staticmethod
-    def _own_mean(values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return (values * own).sum(dim=1) / own.sum(dim=1).clamp(min=1)
-
-    def record_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        labels, own = self._own_tokens(logits, batch)
-        losses = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
-        return self._own_mean(losses, own)
-
-    def correct(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        labels, own = self._own_tokens(logits, batch)
-        return self._own_mean((logits[:, :-1].argmax(dim=-1) == labels).float(), own)
-
-
-def make_task(kind: TaskKind, labels: Sequence[str]) -> Task:
     match kind:
         case TaskKind.SEQUENCE_CLASSIFICATION:
-            if len(labels) < 2:
-                raise ConfigError(
-                    f"sequence-classification needs at least two labels, found {list(labels)}: "
-                    "check data.label, or set task.labels"
-                )
-            return SequenceClassification(tuple(labels))
+            return SequenceClassification(names, weights)
+        case TaskKind.MULTI_LABEL:
+            return MultiLabel(names, weights)
+        case TaskKind.REGRESSION:
+            if section is None or section.range is None:
+                raise ConfigError("task.range: regression needs the public range of its numbers")
+            return Regression(section.range)
+        case TaskKind.TOKEN_CLASSIFICATION:
+            return TokenClassification(names, weights)
+        case TaskKind.QUESTION_ANSWERING:
+            return ExtractiveQA()
         case TaskKind.CAUSAL_LM:
             return CausalLM()
+        case TaskKind.SEQ2SEQ:
+            return Seq2Seq()
+        case TaskKind.IMAGE_CLASSIFICATION:
+            return ImageClassification(names, weights)

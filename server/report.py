@@ -30,7 +30,7 @@ from server.report_style import (
     tally,
 )
 from server.report_sums import sums
-from server.report_words import banners, header, privacy, tiles
+from server.report_words import banners, capital, chief, header, privacy, tiles
 
 _ALL_SITES = 50  # up to so many sites the table has all of them
 _WORST_SITES = 20  # otherwise these
@@ -106,7 +106,7 @@ def _metrics(run: Run) -> Iterator[str]:
     common = number(run.summary.get("majority_class"))
     level = None if common is None else ("commonest label", common)
     for title, name, values in (
-        ("Accuracy", "accuracy", [r.accuracy for r in run.rounds]),
+        (capital(chief(run.summary)), "accuracy", [r.accuracy for r in run.rounds]),
         ("Loss", "loss", [r.loss for r in run.rounds]),
     ):
         points = [

@@ -32,7 +32,7 @@ def _verdict(s: dict[str, Any]) -> str:
     records = number(s.get("records_evaluated"))
     on = f" on {records:,.0f} public records" if records else " on public records"
     if number(s.get("accuracy_final")) is not None:
-        what, before, after = "Accuracy", s.get("accuracy_initial"), s["accuracy_final"]
+        what, before, after = capital(chief(s)), s.get("accuracy_initial"), s["accuracy_final"]
     else:
         what, before, after = "Loss", s.get("loss_initial"), s.get("loss_final")
     said = f"{what}{on}: <strong>{fixed(before)} → {fixed(after)}</strong>."
@@ -44,6 +44,15 @@ def _verdict(s: dict[str, Any]) -> str:
             "on records that it held out)."
         )
     return said
+
+
+def chief(s: dict[str, Any]) -> str:
+    """The name of the task's chief metric, which stands in every round as its accuracy."""
+    return safe(s.get("metric") or "accuracy")
+
+
+def capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def banners(run: Run) -> str:
@@ -139,10 +148,10 @@ def tiles(run: Run) -> str:
     delta = f'<span class="whole">δ = {general(s.get("delta"))}</span>'
     return pairs(
         [
-            ("accuracy", f"{fixed(s.get('accuracy_initial'))} → {fixed(s.get('accuracy_final'))}"),
+            (chief(s), f"{fixed(s.get('accuracy_initial'))} → {fixed(s.get('accuracy_final'))}"),
             (
                 "worst site",
-                f"{fixed(s.get('accuracy_worst_site'))}<small>held-out accuracy, simulation only</small>",
+                f"{fixed(s.get('accuracy_worst_site'))}<small>held-out {chief(s)}, simulation only</small>",
             ),
             (
                 "ε (Rényi)",

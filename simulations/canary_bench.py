@@ -40,7 +40,8 @@ from common.noise import KEY_BYTES, NoiseStream
 from common.plan import Plan, RoundPlan, make_plan
 from common.privacy import SampledGaussianEvent, calibrate_noise_multiplier, epsilon_rdp
 from common.secagg.encoding import Codec, Tensor
-from common.tasks import Batch, Examples, IntArray, SequenceClassification
+from common.task_classify import SequenceClassification
+from common.tasks import Batch, Examples, IntArray
 from simulations.audit_stats import Bits, Floats
 
 SITES = 3

@@ -22,8 +22,10 @@ from client.selftest import self_test
 from client.site import Pinned, Site
 from client.store import FileStore
 from client.training import Shard
+from common.adapter import Vector, read_vector
 from common.config import DataSection, Partition, RunConfig, TaskKind
 from common.datasets import Sample, read_sample, read_table
+from common.decoding import decoded_scores
 from common.errors import ConfigError, DataError, PrivacyError
 from common.evaluation import MetricSums, evaluate
 from common.features import FeatureCache
@@ -35,7 +37,8 @@ from common.plan import Plan, make_plan
 from common.roster import load_roster
 from common.secagg.keys import IdentityKey
 from common.secagg.policy import Roster
-from common.tables import CleaningReport, Columns, Table, clean, label_ids, label_names
+from common.tables import CleaningReport, Columns, Table, clean, label_ids
+from common.targets import check_records, columns_of, found_labels
 from common.tasks import Examples, IntArray, make_task
 from server.receipts import Receipts
 from server.record import RunFolder
@@ -44,6 +47,7 @@ from simulations.partition import by_group, dirichlet, hold_out, iid
 
 SCOPE = "records"  # what a simulated site calls its data in its ledger
 _OPEN_LEDGERS = 64
+_NO_LIMIT = 2**62  # characters of an image, which stands in a table as its bytes
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,18 @@ def split_data(config: RunConfig) -> Split:
         DataError: the data does not fit, or is too little for so many sites.
     """
     data = config.data
-    columns = _columns(config)
+    columns = columns_of(data, config.task.kind)
     overlap = 0
-    table, cleaning = clean(_read(data, columns), max_characters=data.max_characters)
-    labels = config.task.labels
-    if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION and not labels:
-        labels = label_names(table)
-    if table.label is not None:
-        label_ids(table, labels)  # every label known, or an error that names the row
+    longest = _NO_LIMIT if config.task.kind is TaskKind.IMAGE_CLASSIFICATION else data.max_characters
+    table, cleaning = clean(_read(data, columns), max_characters=longest)
+    labels = config.task.labels or found_labels(config.task.kind, table)
+    # Every label known, or an error that names the row.
+    check_records(config.task.kind, table, labels, config.task.range)
     if data.test is not None:
         # Nothing reads the groups of public records, so their file need not name them.
-        public, _ = clean(
-            read_table(data.test, replace(columns, group=None)), max_characters=data.max_characters
-        )
+        public, _ = clean(read_table(data.test, replace(columns, group=None)), max_characters=longest)
         public, overlap = _without(public, table)
-        if public.label is not None:
-            label_ids(public, labels)
+        check_records(config.task.kind, public, labels, config.task.range)
         kept: IntArray = np.arange(len(table))
     else:
         kept, away = hold_out(
@@ -124,14 +124,6 @@ def _rng(config: RunConfig, purpose: int) -> np.random.Generator:
     return np.random.default_rng([config.run.seed, purpose])
 
 
-def _columns(config: RunConfig) -> Columns:
-    data = config.data
-    if data.sample is not None:
-        return Columns("text", "label", None, "group")
-    label = data.label if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION else None
-    return Columns(data.text, label, data.prompt, data.group)
-
-
 def _read(data: DataSection, columns: Columns) -> Table:
     if data.train is not None:
         return read_table(data.train, columns)
@@ -150,9 +142,10 @@ def _divide(config: RunConfig, table: Table, labels: tuple[str, ...]) -> list[In
         case Partition.IID:
             return iid(len(table), sites.count, rng)
         case Partition.DIRICHLET:
-            if table.label is None:
+            if config.task.kind not in (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.IMAGE_CLASSIFICATION):
                 raise ConfigError(
-                    "sites.partition = 'dirichlet' divides by label, but there is no label column"
+                    "sites.partition = 'dirichlet' divides by label, but "
+                    f"{config.task.kind.value} has no one label a record"
                 )
             return dirichlet(
                 label_ids(table, labels), sites.count, sites.dirichlet_alpha, rng, minimum=_minimum(config)
@@ -181,8 +174,9 @@ class Fleet:
         self.split = split
         self.plan: Plan = make_plan(config)
         self.plan_digest = plan_digest(self.plan)
-        task = make_task(config.task.kind, split.labels)
+        task = make_task(config.task.kind, split.labels, config.task)
         self.model: AdaptedModel = load_model(config, task)
+        self.initial = read_vector(self.model.parameters, self.model.layout)
         self.examples: Examples = task.encode(split.table, self.model.tokenizer, config.model.max_length)
         self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
         self._features = FeatureCache()
@@ -222,7 +216,8 @@ class Fleet:
         for indices in (*self.split.sites, *self.split.held):
             h.update(len(indices).to_bytes(8, "little") + indices.tobytes())
         for examples in (self.examples, self.public):
-            h.update(examples.tokens.tobytes() + examples.starts.tobytes() + examples.target.tobytes())
+            for content in examples.contents(range(len(examples))):
+                h.update(len(content).to_bytes(8, "little") + content)
         return h.hexdigest()
 
     def site(self, site_id: int) -> Site:
@@ -338,6 +333,17 @@ class Fleet:
             roster=self.roster,
             receipts=Receipts(self.folder.receipts, self.roster) if self.plan.private else None,
         )
+
+    def scores(self, adapter: Vector) -> dict[str, float]:
+        """Every metric of the task on the public records, of which some are answered in full."""
+        found = dict(evaluate(self.model, adapter, self.public, np.arange(len(self.public))).scores)
+        return found | self.decoded(adapter)
+
+    def decoded(self, adapter: Vector) -> dict[str, float]:
+        """Metrics of answers written in full, where the task writes any."""
+        count = min(self.config.evaluation.decoded, len(self.public))
+        chosen = _rng(self.config, 4).permutation(len(self.public))[:count]
+        return decoded_scores(self.model, adapter, self.public, chosen, self.config.model.max_length // 2)
 
     def held_out(self, adapter: np.ndarray) -> dict[str, MetricSums]:
         """The adapter on what each site held out. Simulation only: a deployed site tells nobody."""

@@ -18,7 +18,7 @@ from client.selftest import self_test
 from common import wire
 from common.adapter import Layout
 from common.aggregation import policy_of
-from common.config import Engine, RunConfig
+from common.config import Engine, RunConfig, TaskKind
 from common.errors import CheckpointError, ConfigError, RoundError
 from common.evaluation import MetricSums
 from common.export import PrivacyClaim, export_adapter
@@ -67,9 +67,11 @@ def rehearse(config: RunConfig, split: Split) -> None:
         ModelError, PrivacyError: what would stop the run stops it now, and leaves no folder behind.
     """
     torch.set_num_threads(config.run.threads)
-    task = make_task(config.task.kind, split.labels)
+    task = make_task(config.task.kind, split.labels, config.task)
     model = load_model(config, task)
-    task.encode(split.public.take([0]), model.tokenizer, config.model.max_length)
+    task.encode(
+        split.public.take(range(min(100, len(split.public)))), model.tokenizer, config.model.max_length
+    )
     plan = make_plan(config)
     for part in {r.part for r in plan.rounds} if plan.private else ():
         self_test(model, part)
@@ -178,6 +180,7 @@ def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outco
     rounds = folder.rounds()
     summary = {
         **_summary(fleet, claim, rounds, held_out),
+        **_scores(fleet, rounds, fleet.scores(end.adapter)),
         "engine": engine.value,
         "wall_seconds": round(time.monotonic() - began, 1),
         "adapter_dir": str(folder.adapter),
@@ -250,6 +253,14 @@ def _summary(
     }
 
 
+def _scores(fleet: Fleet, rounds: list[RoundEvent], final: dict[str, float]) -> dict[str, Any]:
+    """The task's metrics by name; `accuracy_*` is the chief one of them, in every round."""
+    chief = next(iter(final))
+    before = {} if rounds[0].accuracy is None else {chief: rounds[0].accuracy}
+    initial = before | fleet.decoded(fleet.initial)
+    return {"metric": chief, "scores_initial": initial, "scores_final": final}
+
+
 def epsilon_by_site(fleet: Fleet) -> dict[str, float]:
     """What each site has spent, by its own ledger; empty where privacy is off."""
     if not fleet.plan.private:
@@ -260,13 +271,15 @@ def epsilon_by_site(fleet: Fleet) -> dict[str, float]:
 def majority_share(fleet: Fleet) -> float | None:
     """The share of the commonest label among the public records: what saying always the same would reach."""
     labels = fleet.split.public.label
+    if fleet.config.task.kind not in (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.IMAGE_CLASSIFICATION):
+        return None
     return max(labels.count(name) for name in set(labels)) / len(labels) if labels else None
 
 
 def describe(config: RunConfig, split: Split) -> dict[str, Any]:
     """The plan of a resolved configuration as numbers, before anyone spends anything."""
     plan = make_plan(config)
-    model = load_model(config, make_task(config.task.kind, split.labels))
+    model = load_model(config, make_task(config.task.kind, split.labels, config.task))
     return {
         "rounds": len(plan.rounds),
         "noise_multiplier": config.privacy.noise_multiplier,

@@ -117,11 +117,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
         return "none" if value is None else f"{value:.3f}"
 
     table.add_row(
-        "accuracy before → after",
+        f"{summary['metric']} before → after",
         f"{percent(summary['accuracy_initial'])} → {percent(summary['accuracy_final'])}",
     )
     if summary["loss_final"] is not None:
         table.add_row("loss before → after", f"{summary['loss_initial']:.3f} → {summary['loss_final']:.3f}")
+    initial = summary["scores_initial"]
+    for name, value in list(summary["scores_final"].items())[1:]:
+        before = f"{initial[name]:.3f} → " if name in initial else ""
+        table.add_row(name, f"{before}{value:.3f}")
     if summary["majority_class"] is not None:
         table.add_row("always saying the commonest label", percent(summary["majority_class"]))
     if summary["worst_site"] is not None:

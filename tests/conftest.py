@@ -7,6 +7,7 @@ Nothing here needs a network. Models are built once a session, from a config and
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,35 +40,49 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 from common.adapter import Vector
 from common.config import RunConfig, TaskKind, parse_config
 from common.datasets import read_table
 from common.models import AdaptedModel, load_model
-from common.tables import Columns
+from common.targets import columns_of
 from common.tasks import Examples, make_task
 
 torch.set_num_threads(1)
 
 LABELS = ("bad", "good")
 WORDS = (*(f"w{i}" for i in range(40)), "some", "text", "good", "bad", "is", "this")
+SEVERAL = {"fine": ("good",), "poor": ("bad",), "low": WORDS[:12]}  # of multi-label, and what tells them
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "[EOS]")
 
 
-def save_tokenizer(folder: Path, *, encoder: bool) -> int:
-    """A whole-word tokenizer, with an encoder's special tokens or a decoder's; its vocabulary's size."""
+def save_tokenizer(folder: Path, *, encoder: bool, writes: bool = False) -> int:
+    """A whole-word tokenizer, with an encoder's special tokens, a decoder's, or those of a model that has
+    both (`writes`); its vocabulary's size."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     if encoder:
         tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
         )
         special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    elif writes:
+        tokenizer.post_processor = TemplateProcessing(
+            single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])]
+        )
+        special = {"pad_token": "[PAD]", "eos_token": "[EOS]"}
     else:
         special = {"bos_token": "[BOS]", "eos_token": "[EOS]"}  # no padding token, as with GPT-2
     inputs = ["input_ids", *(["token_type_ids"] if encoder else []), "attention_mask"]
@@ -78,9 +93,24 @@ def save_tokenizer(folder: Path, *, encoder: bool) -> int:
     return len(vocabulary)
 
 
+def save_vision_model(folder: Path) -> Path:
+    """A vision transformer for images of 16 by 16 pixels, and its image processor."""
+    vit = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+        patch_size=8, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        ViTModel(vit).save_pretrained(str(folder))
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(str(folder))
+    return folder
+
+
 def save_model(folder: Path, kind: str) -> Path:
     """A model of two layers and sixteen dimensions: weights in safetensors, tokenizer beside them."""
-    size = save_tokenizer(folder, encoder=kind == "bert")
+    if kind == "vit":
+        return save_vision_model(folder)
+    size = save_tokenizer(folder, encoder=kind == "bert", writes=kind in ("t5", "mbart"))
     wide = {"vocab_size": size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -109,6 +139,21 @@ def save_model(folder: Path, kind: str) -> Path:
                     eos_token_id=SPECIAL.index("[EOS]"),
                 )
                 LlamaForCausalLM(llama).save_pretrained(str(folder))
+            case "t5":
+                t5 = T5Config(
+                    vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                    pad_token_id=0, eos_token_id=SPECIAL.index("[EOS]"), decoder_start_token_id=0,
+                )  # fmt: skip
+                T5ForConditionalGeneration(t5).save_pretrained(str(folder))
+            case "mbart":
+                mbart = MBartConfig(
+                    vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32,
+                    decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
+                    max_position_embeddings=64, init_std=0.2, pad_token_id=0,
+                    bos_token_id=SPECIAL.index("[BOS]"), eos_token_id=SPECIAL.index("[EOS]"),
+                    forced_eos_token_id=None,
+                )  # fmt: skip
+                MBartForConditionalGeneration(mbart).save_pretrained(str(folder))
     return folder
 
 
@@ -128,17 +173,50 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("t5"), "t5")
+
+
+@pytest.fixture(scope="session")
+def mbart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("mbart"), "mbart")
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("vit"), "vit")
+
+
+@pytest.fixture(scope="session")
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 arrays of pixels; good ones are bright on the left."""
+    path = tmp_path_factory.mktemp("images") / "records.jsonl"
+    rng = np.random.default_rng(5)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(160):
+            label = LABELS[int(rng.integers(2))]
+            pixels = rng.integers(0, 128, (12, 16))
+            pixels[:, :8] += 120 * (label == "good")
+            file.write(json.dumps({"text": pixels.tolist(), "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 records of one to nine words in eight groups; the label follows from the words."""
+    """160 records of one to nine words in eight groups; every kind of label follows from the words."""
     path = tmp_path_factory.mktemp("data") / "records.csv"
     rng = np.random.default_rng(3)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "label", "prompt", "group"])
+        writer.writerow(["text", "label", "prompt", "group", "tags", "several", "number"])
         for i in range(160):
             label = LABELS[int(rng.integers(2))]
             words = [*rng.choice(WORDS[:40], size=rng.integers(1, 9)), label, f"w{i % 40}", f"n{i}"]
-            writer.writerow([" ".join(words), label, "is this", f"g{i % 8}"])
+            tags = ["B-kind" if w == label else "B-low" if w in WORDS[:8] else "O" for w in words]
+            several = [name for name, part in SEVERAL.items() if set(part) & set(words)]
+            number = 2 + 6 * (label == "good") + i % 2
+            row = [" ".join(words), label, "is this", f"g{i % 8}", " ".join(tags), "|".join(several), number]
+            writer.writerow(row)
     return path
 
 
@@ -159,8 +237,13 @@ def tiny_config(folder: Path, train: Path, /, **sections: dict[str, Any]) -> Run
 
 
 def tiny_model(config: RunConfig) -> AdaptedModel:
-    labels = LABELS if config.task.kind is TaskKind.SEQUENCE_CLASSIFICATION else ()
-    return load_model(config, make_task(config.task.kind, labels))
+    names = {
+        TaskKind.SEQUENCE_CLASSIFICATION: LABELS,
+        TaskKind.IMAGE_CLASSIFICATION: LABELS,
+        TaskKind.MULTI_LABEL: tuple(SEVERAL),
+        TaskKind.TOKEN_CLASSIFICATION: ("O", "B-kind", "B-low"),
+    }
+    return load_model(config, make_task(config.task.kind, names.get(config.task.kind, ()), config.task))
 
 
 @dataclass(frozen=True)
@@ -180,21 +263,52 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "gpt2-classify": ("gpt2", {}),
     "gpt2-causal": ("gpt2", {"task": {"kind": "causal-lm"}, "data": {"prompt": "prompt"}}),
     "llama-causal": ("llama", {"task": {"kind": "causal-lm"}}),
+    "bert-pair": ("bert", {"data": {"prompt": "prompt"}}),
+    "bert-mean-pair": ("bert", {"model": {"head": "mean"}, "data": {"prompt": "prompt"}}),
+    "bert-several": ("bert", {"task": {"kind": "multi-label"}, "data": {"label": "several"}}),
+    "bert-number": ("bert", {"task": {"kind": "regression", "range": [0, 10]}, "data": {"label": "number"}}),
+    "bert-tags": ("bert", {"task": {"kind": "token-classification"}, "data": {"label": "tags"}}),
+    "vit-images": ("vit", {"task": {"kind": "image-classification"}}),
+    "bert-answers": ("bert", {"task": {"kind": "question-answering"}, "data": {"prompt": "prompt"}}),
+    "t5-writes": (
+        "t5",
+        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "tags", "text": "text"}},
+    ),
+    "mbart-writes": (
+        "mbart",
+        {"task": {"kind": "sequence-to-sequence"}, "data": {"prompt": "tags", "text": "text"}},
+    ),
 }
 
 
 @pytest.fixture(scope="session")
-def world(bert_folder: Path, gpt2_folder: Path, llama_folder: Path, data_file: Path) -> Callable[..., World]:
+def world(
+    bert_folder: Path,
+    gpt2_folder: Path,
+    llama_folder: Path,
+    t5_folder: Path,
+    mbart_folder: Path,
+    vit_folder: Path,
+    data_file: Path,
+    image_file: Path,
+) -> Callable[..., World]:
     """`world(kind, method)`: see KINDS; built once for each."""
-    folders = {"bert": bert_folder, "gpt2": gpt2_folder, "llama": llama_folder}
+    folders = {
+        "bert": bert_folder,
+        "gpt2": gpt2_folder,
+        "llama": llama_folder,
+        "t5": t5_folder,
+        "mbart": mbart_folder,
+        "vit": vit_folder,
+    }
 
     @cache
     def build(kind: str, method: str = "ffa") -> World:
         folder, sections = KINDS[kind]
-        config = tiny_config(folders[folder], data_file, **sections, adapter={"rank": 2, "method": method})
+        records = image_file if folder == "vit" else data_file
+        config = tiny_config(folders[folder], records, **sections, adapter={"rank": 2, "method": method})
         model = tiny_model(config)
-        label = "label" if model.task.labels else None
-        table = read_table(data_file, Columns("text", label, config.data.prompt))
+        table = read_table(records, columns_of(config.data, config.task.kind))
         return World(config, model, model.task.encode(table, model.tokenizer, config.model.max_length))
 
     return build

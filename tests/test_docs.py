@@ -11,11 +11,12 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import confide
-from common.config import RunConfig, load_config, parse_config
+from common.config import RunConfig, TaskKind, load_config, parse_config
 from simulations.run import DEMO
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+TASKS = (ROOT / "docs" / "tasks.md").read_text("utf-8")
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -31,6 +32,14 @@ def test_the_complete_example_parses() -> None:
 def test_the_causal_example_parses() -> None:
     config = parse_config(tomllib.loads(_blocks(CONFIGURATION, "toml")[1]), source="docs/configuration.md")
     assert config.data.prompt == "question"
+
+
+def test_every_task_has_an_example_that_parses() -> None:
+    examples = [parse_config(tomllib.loads(b), source="docs/tasks.md") for b in _blocks(TASKS, "toml")]
+    assert {config.task.kind for config in examples} == set(TaskKind)
+    assert any(config.data.template for config in examples)
+    for kind in TaskKind:
+        assert kind.value in CONFIGURATION, kind
 
 
 def test_every_key_is_documented_with_its_default() -> None:
@@ -69,11 +78,18 @@ def test_readme_names_make_targets_that_exist() -> None:
 
 def test_commands_and_options_in_documents_exist() -> None:
     text = (
-        CONFIGURATION + (ROOT / "README.md").read_text("utf-8") + (ROOT / "docs" / "privacy.md").read_text()
+        CONFIGURATION
+        + TASKS
+        + (ROOT / "README.md").read_text("utf-8")
+        + (ROOT / "docs" / "privacy.md").read_text()
     )
     known = CliRunner().invoke(confide.app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout
     for option in set(re.findall(r"confide simulate[^\n`]*?(--[a-z-]+)", text)):
         assert option in known, option
+    for name in ("predict", "ask"):
+        has = CliRunner().invoke(confide.app, [name, "--help"], env={"COLUMNS": "200"}).stdout
+        for option in set(re.findall(rf"confide {name} [^\n`]*?(--[a-z-]+)", text)):
+            assert option in has, option
     for command in set(re.findall(r"confide (\w+)", text)) - {"is"}:
         assert CliRunner().invoke(confide.app, [command, "--help"]).exit_code == 0, command
 

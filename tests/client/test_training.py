@@ -26,7 +26,7 @@ from common.noise import NoiseStream
 from common.plan import RoundPlan
 from common.privacy import SampledGaussianEvent
 from common.tasks import collate
-from tests.conftest import World, moved, tiny_config, tiny_model
+from tests.conftest import KINDS, World, moved, tiny_config, tiny_model
 
 KEY = bytes(range(32))
 Worlds = Callable[..., World]
@@ -413,6 +413,11 @@ def test_the_self_test_passes_and_leaves_the_adapter_alone(
     write_vector(model.parameters, model.layout, moved(model))
     self_test(model, part)
     assert np.array_equal(read_vector(model.parameters, model.layout), moved(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_self_test_passes_for_every_task(world: Worlds, kind: str) -> None:
+    self_test(world(kind, "lora").model, Part.ALL)
 
 
 def test_the_self_test_catches_an_adapter_that_is_switched_off(world: Worlds) -> None:

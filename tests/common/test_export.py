@@ -109,6 +109,56 @@ def test_the_card_s_code_gives_the_same_logits_without_us(
         assert agrees(model, tmp_path / kind), kind
 
 
+# The same for every other task: what the card calls the model with, and what it answers.
+OUTSIDER_TASKS = (
+    OUTSIDER.split("for folder in")[0]
+    + """
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    (code,) = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.S)
+    names = {}
+    exec(code, names)
+    inputs = dict(names["batch"])
+    if "generate" in code:
+        inputs["decoder_input_ids"] = torch.tensor([[0, 8, 9]])
+    with torch.no_grad():
+        if "logits =" in code:
+            outputs = {"logits": names["logits"]}
+        else:
+            outputs = dict(names["model"](**inputs))
+    kept = {name: value.detach().numpy() for name, value in outputs.items() if "logits" in name}
+    np.savez("outsider.npz", **kept, **{"in_" + name: value.numpy() for name, value in inputs.items()})
+"""
+)
+
+
+def test_the_card_s_code_of_every_task(world: Worlds, tmp_path: Path) -> None:
+    kinds = [k for k in KINDS if k not in ("bert-mean", "bert-default", "gpt2-causal", "llama-causal")]
+    for kind in kinds:
+        this = world(kind)
+        export_adapter(this.model, moved(this.model), this.config, CLAIM, tmp_path / kind)
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDER_TASKS, *(str(tmp_path / kind) for kind in kinds)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for kind in kinds:
+        model = world(kind).model
+        write_vector(model.parameters, model.layout, moved(model))
+        with np.load(tmp_path / kind / "outsider.npz") as found:
+            inputs = {n[3:]: torch.from_numpy(found[n]) for n in found.files if n.startswith("in_")}
+            with torch.no_grad():
+                output = model.module(**inputs)
+            wanted = {"logits": output} if isinstance(output, torch.Tensor) else output
+            names = [n for n in found.files if "logits" in n]
+            assert names, kind
+            for name in names:
+                assert np.allclose(found[name], wanted[name].numpy(), atol=1e-5), (kind, name)
+
+
 def test_a_base_without_the_default_head_s_pooler(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """The pooler would start at random, differently for whoever loads the base again."""
     folder = tmp_path / "base"
@@ -124,8 +174,9 @@ def test_what_lies_in_the_folder(world: Worlds, kind: str, tmp_path: Path) -> No
     this = world(kind)
     export_adapter(this.model, moved(this.model), this.config, CLAIM, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
-    assert ("head.safetensors" in names) is (kind == "bert-mean")
+    reader = "preprocessor_config.json" if kind == "vit-images" else "tokenizer.json"
+    assert {"adapter_model.safetensors", "adapter_config.json", reader, "README.md"} <= names
+    assert ("head.safetensors" in names) is kind.startswith("bert-mean")
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     described = json.loads((tmp_path / "out" / "confide.json").read_text())
     assert described["task"] == this.config.task.kind.value
@@ -134,7 +185,7 @@ def test_what_lies_in_the_folder(world: Worlds, kind: str, tmp_path: Path) -> No
     # Every number that trained is there, as it was trained.
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     total = sum(v.size for n, v in stored.items() if "lora_A" not in n)
-    head = load_file(tmp_path / "out" / "head.safetensors") if kind == "bert-mean" else {}
+    head = load_file(tmp_path / "out" / "head.safetensors") if kind.startswith("bert-mean") else {}
     assert total + sum(v.size for v in head.values()) == this.model.layout.size
 
 

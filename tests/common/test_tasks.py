@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from client.training import per_sample_gradients
 from common.adapter import write_vector
-from common.config import TaskKind
+from common.config import TaskKind, TaskSection
+from common.decoding import greedy
 from common.errors import ConfigError, DataError
+from common.examples import Ragged
 from common.models import AdaptedModel
 from common.tables import Table
+from common.task_tokens import first_tokens
 from common.tasks import Batch, Examples, by_length, collate, make_task
 from tests.conftest import KINDS, LABELS, World, moved
 
@@ -222,3 +228,253 @@ def test_a_record_without_an_answer_has_no_loss_and_no_gradient(world: Worlds) -
     loss = task.record_losses(logits, batch)
     loss.sum().backward()
     assert loss.tolist() == [0] and logits.grad is not None and float(logits.grad.abs().sum()) == 0
+
+
+# The kinds one by one
+
+
+def test_a_pair_is_told_apart_in_training_as_in_the_exported_tokenizer(world: Worlds) -> None:
+    this = world("bert-pair")
+    batch = collate(this.examples, [0, 1], this.model.pad_id, this.model.device)
+    encoded = this.model.tokenizer(["is this"], ["w1"], return_tensors="pt")
+    one = this.model.task.encode(table(["w1"], ["good"], ["is this"]), this.model.tokenizer, 32)
+    alone = collate(one, [0], this.model.pad_id, this.model.device)
+    for name, value in encoded.items():
+        assert torch.equal(alone.inputs[name], value), name
+    assert alone.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
+    longer = batch.inputs["attention_mask"].sum(dim=1)
+    assert (batch.inputs["token_type_ids"] <= batch.inputs["attention_mask"]).all() and len(longer) == 2
+    # They are read: without them the answer is another.
+    write_vector(this.model.parameters, this.model.layout, moved(this.model))
+    with torch.no_grad():
+        told = this.model.logits(batch.inputs)
+        batch.inputs.pop("token_type_ids")
+        assert not torch.allclose(told, this.model.logits(batch.inputs))
+
+
+def test_a_single_text_has_no_token_types(world: Worlds) -> None:
+    assert world("bert-default").examples.types is None
+
+
+@pytest.mark.parametrize("kind", ["bert-default", "bert-several", "bert-tags"])
+def test_class_weights_scale_a_record_s_own_loss(world: Worlds, kind: str) -> None:
+    """Twice the weight is twice the loss, whatever else is in the batch."""
+    this = world(kind)
+    task: Any = this.model.task
+    batch = collate(this.examples, range(20), this.model.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        logits = this.model.logits(batch.inputs)
+    plain, count = task.record_losses(logits, batch), len(task.labels)
+    even = replace(task, weights=(1.0,) * count).record_losses(logits, batch)
+    assert torch.allclose(even, plain)
+    heavy = replace(task, weights=(1.0,) * (count - 1) + (3.0,)).record_losses(logits, batch)
+    assert (heavy >= plain - 1e-6).all() and (heavy > plain + 1e-3).any() and not (heavy > plain + 1e-3).all()
+    part = collate(this.examples, [3], this.model.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        alone = replace(task, weights=(1.0,) * (count - 1) + (3.0,)).record_losses(
+            this.model.logits(part.inputs), part
+        )
+    assert float(alone[0]) == pytest.approx(float(heavy[3]), rel=1e-4)
+
+
+def test_classes_are_scored_apart(world: Worlds) -> None:
+    """Macro F1 against sklearn; a class that neither occurs nor is said is left out, as there."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    rng = np.random.default_rng(0)
+    task = make_task(TaskKind.SEQUENCE_CLASSIFICATION, ["a", "b", "c", "d"])
+    logits = torch.from_numpy(rng.normal(size=(50, 4)))
+    logits[:, 3] = -9
+    target = torch.from_numpy(rng.integers(0, 3, 50))
+    sums = task.record_sums(logits, Batch({}, target), world("bert-default").model.tokenizer)
+    assert sums.shape == (50, 12)
+    scores = task.scores(sums.sum(dim=0).double().numpy(), 50)
+    said = logits.argmax(dim=-1)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(target, said))
+    assert scores["macro F1"] == pytest.approx(f1_score(target, said, average="macro"))
+
+
+def test_numbers_are_scored_on_the_label_s_scale(world: Worlds) -> None:
+    task = make_task(TaskKind.REGRESSION, [], TaskSection(kind=TaskKind.REGRESSION, range=(0, 10)))
+    rng = np.random.default_rng(1)
+    said, true = rng.uniform(-1, 1, (2, 60)).astype(np.float32)
+    said += true
+    batch = Batch({}, torch.from_numpy(true))
+    sums = task.record_sums(torch.from_numpy(said)[:, None], batch, world("bert-number").model.tokenizer)
+    scores = task.scores(sums.sum(dim=0).numpy(), 60)
+    assert scores["Pearson"] == pytest.approx(float(np.corrcoef(said, true)[0, 1]), abs=1e-6)
+    assert scores["mean squared error"] == pytest.approx(float(((said - true) ** 2).mean()) * 25, rel=1e-5)
+    assert scores["mean absolute error"] == pytest.approx(float(np.abs(said - true).mean()) * 5, rel=1e-5)
+    constant = task.record_sums(torch.zeros(60, 1), batch, world("bert-number").model.tokenizer)
+    assert task.scores(constant.sum(dim=0).numpy(), 60)["Pearson"] == 0
+
+
+def pieces(texts: list[str], tags: list[str], length: int = 32) -> tuple[Examples, Any]:
+    """Tags on a tokenizer that cuts words into pieces."""
+    vocabulary = {
+        t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "new", "##port", "is", "big"])
+    }
+    tokenizer = BertTokenizer(vocab=vocabulary)
+    task = make_task(TaskKind.TOKEN_CLASSIFICATION, ["O", "B-loc", "I-loc"])
+    return task.encode(table(texts, tags), tokenizer, length), task
+
+
+def test_the_first_piece_of_a_word_bears_its_tag() -> None:
+    examples, _ = pieces(["newport is big", "newport newport"], ["B-loc O O", "B-loc I-loc"])
+    target = collate(examples, [0, 1], 0, torch.device("cpu")).target
+    assert target.tolist() == [[-100, 1, -100, 0, 0, -100], [-100, 1, -100, 2, -100, -100]]
+
+
+def test_words_cut_off_bear_no_loss() -> None:
+    examples, task = pieces(["newport is big"], ["B-loc O O"], length=4)
+    batch = collate(examples, [0], 0, torch.device("cpu"))
+    assert batch.target.tolist() == [[-100, 1, -100, -100]]
+    cut = examples.contents([0])
+    assert len(list(cut)) == 1
+    nothing = Batch(batch.inputs, torch.full_like(batch.target, -100))
+    logits = torch.zeros(1, 4, 3, requires_grad=True)
+    loss = task.record_losses(logits, nothing)
+    loss.sum().backward()
+    assert loss.tolist() == [0] and logits.grad is not None and float(logits.grad.abs().sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("offsets", "first"),
+    [
+        ([(0, 0), (0, 3), (3, 7), (8, 10), (0, 0)], [None, 0, None, 1, None]),  # pieces, special tokens
+        ([(0, 7), (7, 10)], [0, 1]),  # the blank counts to the token after it
+        ([(0, 7), (7, 8), (8, 10)], [0, None, 1]),  # a token for the blank alone
+    ],
+)
+def test_first_tokens_in_every_style(offsets: list[tuple[int, int]], first: list[int | None]) -> None:
+    assert first_tokens("newport is", offsets) == first
+
+
+def test_an_answer_s_tokens(world: Worlds) -> None:
+    this = world("bert-answers")
+    tokenizer, task = this.model.tokenizer, this.model.task
+    rows = Table(
+        "t", ("w1 w2 good w3", "w1 good"), ("good w3", "good"), ("is this", "is"), None, (1, 2), start=(6, 3)
+    )
+    examples = task.encode(rows, tokenizer, 32)
+    # [CLS] is this [SEP] w1 w2 good w3 [SEP]
+    assert collate(examples, [0, 1], 0, torch.device("cpu")).target.tolist() == [[6, 7, 4, 7], [4, 4, 3, 4]]
+    ids = tokens(examples, 0)
+    assert tokenizer.decode(ids[6:8]) == "good w3"
+
+
+def test_an_answer_that_is_cut_off_bears_no_loss_and_is_wrong(world: Worlds) -> None:
+    this = world("bert-answers")
+    task, tokenizer = this.model.task, this.model.tokenizer
+    texts = ("w1 w2 w3 w4 w5 w6 w7 good", "good w1 w2")
+    rows = Table("t", texts, ("good", "good"), ("is", "is"), None, (1, 2), start=(21, 0))
+    assert rows.text[0][21:][-4:] == "good"
+    rows = replace(rows, start=(rows.text[0].index("good"), 0))
+    examples = task.encode(rows, tokenizer, 8)
+    batch = collate(examples, [0, 1], 0, torch.device("cpu"))
+    assert batch.target[0].tolist() == [-100, -100, 3, 6]
+    logits = torch.randn(2, 8, 2, requires_grad=True)
+    losses = task.record_losses(logits, batch)
+    losses.sum().backward()
+    assert float(losses[0]) == 0 and float(losses[1]) > 0
+    assert logits.grad is not None and float(logits.grad[0].abs().sum()) == 0
+    assert task.record_sums(logits, batch, tokenizer)[0].tolist() == [0, 0, 0]
+    with pytest.raises(DataError, match=r"every answer lies beyond.*model.max_length"):
+        task.encode(rows.take([0]), tokenizer, 8)
+
+
+def test_the_best_answer_lies_in_the_context_in_order(world: Worlds) -> None:
+    this = world("bert-answers")
+    task: Any = this.model.task
+    logits = torch.zeros(1, 8, 2)
+    logits[0, 1, 0] = 9  # in the question
+    logits[0, 6, 0], logits[0, 4, 1] = 5, 5  # the end before the beginning
+    logits[0, 5, 0], logits[0, 7, 1] = 3, 3
+    batch = Batch({"input_ids": torch.arange(8)[None] + 6}, torch.tensor([[5, 7, 4, 7]]))
+    assert task.answers(logits, batch).tolist() == [[6, 7]]
+    logits[0, 6, 0] = 0
+    assert task.answers(logits, batch).tolist() == [[5, 7]]
+    assert task.correct(logits, batch).tolist() == [1]
+    assert task.record_sums(logits, batch, this.model.tokenizer).tolist() == [[1, 1, 1]]
+
+
+def test_a_seq2seq_loss_is_the_mean_over_the_record_s_own_text(world: Worlds) -> None:
+    this = world("t5-writes")
+    batch = collate(this.examples, range(6), this.model.pad_id, torch.device("cpu"))
+    lengths = (batch.target != -100).sum(dim=1).tolist()
+    assert len(set(lengths)) > 2 and len(set(this.examples.lengths[:6].tolist())) > 2
+    logits = torch.randn(*batch.target.shape, 52)
+    losses = this.model.task.record_losses(logits, batch)
+    scores = logits.log_softmax(dim=-1)
+    for row, length in enumerate(lengths):
+        assert int(batch.target[row, length - 1]) == 5  # the end token
+        own = scores[row, range(length), batch.target[row, :length]]
+        assert float(losses[row]) == pytest.approx(-float(own.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5-writes", "mbart-writes"])
+def test_what_is_decoded_is_what_the_model_itself_would_train_on(world: Worlds, kind: str) -> None:
+    """Our loss against transformers' own, which is the mean over tokens: of one record, the same."""
+    this = world(kind)
+    batch = collate(this.examples, [4], this.model.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        ours = this.model.task.record_losses(this.model.logits(batch.inputs), batch)
+        theirs = this.model.peft(**batch.inputs).loss
+    assert float(ours[0]) == pytest.approx(float(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama-causal", "gpt2-causal", "t5-writes", "mbart-writes"])
+def test_greedy_answers_do_not_depend_on_the_others(world: Worlds, kind: str) -> None:
+    this = world(kind)
+    write_vector(this.model.parameters, this.model.layout, moved(this.model))
+    questions = [tokens(this.examples, i)[:n] for i, n in ((0, 3), (1, 5), (2, 2))]
+    together = greedy(this.model, questions, 5)
+    assert together == [greedy(this.model, [question], 5)[0] for question in questions]
+
+
+def test_greedy_is_the_likeliest_next_token(world: Worlds) -> None:
+    this = world("llama-causal")
+    write_vector(this.model.parameters, this.model.layout, moved(this.model))
+    ids = tokens(this.examples, 0)[:3]
+    written: list[int] = []
+    for _ in range(4):
+        with torch.no_grad():
+            row = torch.tensor([ids + written])
+            written.append(
+                int(
+                    this.model.logits({"input_ids": row, "attention_mask": torch.ones_like(row)})[
+                        0, -1
+                    ].argmax()
+                )
+            )
+    assert greedy(this.model, [ids], 4) == [this.model.tokenizer.decode(written, skip_special_tokens=True)]
+
+
+def test_perplexity_is_of_all_tokens(world: Worlds) -> None:
+    this = world("gpt2-causal")
+    task = this.model.task
+    batch = collate(this.examples, range(9), this.model.pad_id, torch.device("cpu"))
+    with torch.no_grad():
+        logits = this.model.logits(batch.inputs)
+    sums = task.record_sums(logits, batch, this.model.tokenizer)
+    lengths = this.examples.lengths[:9] - this.examples.target[:9]
+    assert sums[:, 2].tolist() == lengths.tolist()
+    losses = task.record_losses(logits, batch).double().numpy()
+    scores = task.scores(sums.sum(dim=0).numpy(), 9)
+    assert scores["perplexity"] == pytest.approx(
+        float(np.exp((losses * lengths).sum() / lengths.sum())), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_digest_sees_every_part_of_a_record(world: Worlds, kind: str) -> None:
+    examples = world(kind).examples
+    assert len(set(examples.contents(range(len(examples))))) > 100
+    before = next(examples.contents([0]))
+    target = examples.target
+    if isinstance(target, Ragged):
+        other = replace(examples, target=Ragged(target.values + 1, target.starts))
+    else:
+        other = replace(examples, target=target + 1)
+    assert next(other.contents([0])) != before
+    assert next(replace(examples, tokens=examples.tokens + 1).contents([0])) != before

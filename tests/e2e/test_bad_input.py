@@ -23,6 +23,9 @@ from tests.e2e.command import invoke, run_process
 
 Fault = tuple[str, list[str], type[ConfideError], str]
 
+_PLAIN = ['model.head="default"', "warmup.rounds=0"]  # the tasks that have no mean-pooled head
+_NUMBERS = ['task.kind="regression"', 'data.label="number"']
+
 # name, overrides, error, what the message must say
 FAULTS: list[Fault] = [
     ("missing file", ['data.train="nowhere.csv"'], DataError, "nowhere.csv"),
@@ -42,6 +45,30 @@ FAULTS: list[Fault] = [
     ("unknown device", ['run.device="tpu9"'], ModelError, "run.device"),
     ("more tokens than positions", ["model.max_length=600"], ModelError, "model.max_length"),
     ("a language model of an encoder", ['task.kind="causal-lm"'], ConfigError, "model.head"),
+    ("tags that are none", [*_PLAIN, 'task.kind="token-classification"'], DataError, "BIO tags"),
+    ("no question", [*_PLAIN, 'task.kind="question-answering"'], ConfigError, "data.prompt"),
+    (
+        "an answer that is nowhere",
+        [*_PLAIN, 'task.kind="question-answering"', 'data.prompt="prompt"', 'data.label="prompt"'],
+        DataError,
+        "word for word",
+    ),
+    ("numbers without bounds", ['task.kind="regression"'], ConfigError, "task.range"),
+    ("numbers beyond their bounds", [*_NUMBERS, "task.range=[0, 5]"], DataError, "task.range"),
+    (
+        "numbers divided by label",
+        [*_NUMBERS, "task.range=[0, 10]", 'sites.partition="dirichlet"'],
+        ConfigError,
+        "no one label a record",
+    ),
+    ("weights without labels", ["task.class_weights=[1, 2]"], ConfigError, "task.class_weights"),
+    (
+        "labels of a language model",
+        [*_PLAIN, 'task.kind="causal-lm"', 'task.labels=["a"]'],
+        ConfigError,
+        "labels",
+    ),
+    ("a template of no column", ['data.template="{wieght}"'], DataError, "wieght"),
     ("a device that hides", ['run.device="meta"'], ModelError, "run.device"),
     ("a flag that is text", ['adapter.train_head="yes"'], ConfigError, "adapter.train_head"),
     ("a seed without bounds", ["run.seed=1180591620717411303424"], ConfigError, "run.seed"),

@@ -1,0 +1,159 @@
+"""`confide predict` and `confide ask`: a trained adapter at work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from common.prediction import Predictor
+    from common.tables import Table
+
+Adapter = Annotated[Path, typer.Argument(help="The folder `adapter` of a run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def predict(
+    adapter: Adapter,
+    text: Annotated[
+        str | None, typer.Argument(help="One text. None: --file, or a text a line on standard input.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The question, or the first of a pair, to the one text.", show_default=False),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="csv, tsv, jsonl, parquet, a `datasets` folder, or .txt.", show_default=False),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text in the file.")] = "text",
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of the question or first text.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Records in one forward pass.")] = 32,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, in order.")] = False,
+) -> None:
+    """Answer texts with a trained adapter: one, a file of them, or standard input.
+
+    On standard input a line is a text, or a JSON object with `text` (and `prompt`). Answers come in the
+    order of the records.
+    """
+    from common.prediction import open_adapter
+
+    predictor = open_adapter(adapter, device)
+    table = _asked(predictor, text, prompt, file, text_column, prompt_column)
+    for answer in predictor(table, batch):
+        print(json.dumps(answer, ensure_ascii=False) if as_json else _plain(answer), flush=True)
+
+
+def ask(
+    adapter: Adapter,
+    question: Annotated[
+        str | None, typer.Argument(help="One question. None: a conversation, a line each.")
+    ] = None,
+    longest: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest next token; higher: more varied.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Draw among the likeliest tokens of this much.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.", show_default=False)] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Keep the conversation, in the form of the model's chat template."),
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Talk to an adapter of a causal language model; answers are written as they come.
+
+    Without --chat each question stands alone, as the prompts did in training. An empty line ends.
+    """
+    from common.prediction import open_adapter
+    from common.speaking import Speaker
+
+    speaker = Speaker.of(open_adapter(adapter, device), longest, temperature, top_p, seed, chat)
+    if question is not None:
+        speaker.answer(question, sys.stdout)
+        return
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        speaker.answer(line, sys.stdout)
+
+
+def _asked(
+    predictor: Predictor,
+    text: str | None,
+    prompt: str | None,
+    file: Path | None,
+    text_column: str,
+    prompt_column: str | None,
+) -> Table:
+    from common.config import DataSection, TaskKind
+    from common.datasets import read_table
+    from common.tables import Columns, Table
+    from common.targets import columns_of
+
+    if text is not None and file is not None:
+        raise ConfigError("give a text or --file, not both")
+    if file is not None and file.suffix.lower() != ".txt":
+        data = DataSection(train=file, text=text_column, prompt=prompt_column)
+        joint = columns_of(data, predictor.kind).joint
+        return read_table(file, Columns(text_column, None, prompt_column, joint=joint))
+    if text is not None:
+        records: list[tuple[str, str | None]] = [(text, prompt)]
+    else:
+        lines = (file.read_text("utf-8") if file is not None else sys.stdin.read()).splitlines()
+        records = [_line(line, number, prompt) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not records:
+        raise DataError("no text to answer: give one, --file, or lines on standard input")
+    if predictor.kind is TaskKind.IMAGE_CLASSIFICATION:
+        from common.images import image_text
+
+        records = [(image_text(path, Path.cwd()), None) for path, _ in records]
+    prompts = [p for _, p in records if p is not None]
+    if prompts and len(prompts) != len(records):
+        raise DataError("either every record has a prompt or none has one")
+    return Table(
+        "input",
+        tuple(t for t, _ in records),
+        None,
+        tuple(prompts) if prompts else None,
+        None,
+        tuple(range(1, len(records) + 1)),
+    )
+
+
+def _line(line: str, number: int, prompt: str | None) -> tuple[str, str | None]:
+    if not line.lstrip().startswith("{"):
+        return line.strip(), prompt
+    try:
+        record: Any = json.loads(line)
+        return str(record["text"]), record.get("prompt", prompt)
+    except (ValueError, KeyError):
+        raise DataError(f"line {number}: expected a text, or a JSON object with `text` in it") from None
+
+
+def _plain(answer: dict[str, Any]) -> str:
+    match answer:
+        case {"label": label, "probability": probability}:
+            return f"{label}\t{probability:.3f}"
+        case {"labels": dict() as labels}:
+            return "\t".join(f"{label} {p:.3f}" for label, p in labels.items()) or "none"
+        case {"entities": list() as entities}:
+            return "\t".join(f"{e['type']}: {e['text']}" for e in entities) or "none"
+        case {"value": float() as value}:
+            return f"{value:.4g}"
+        case _:
+            return str(next(iter(answer.values())))

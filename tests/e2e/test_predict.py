@@ -1,0 +1,169 @@
+"""`confide predict` and `confide ask` on exported adapters: the answers are the trained model's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import confide
+from common.adapter import write_vector
+from common.errors import ConfigError, DataError, ModelError
+from common.evaluation import evaluate
+from common.export import PrivacyClaim, export_adapter
+from common.prediction import open_adapter
+from common.tasks import collate
+from tests.conftest import KINDS, LABELS, World, moved
+from tests.e2e.command import invoke
+
+Worlds = Callable[..., World]
+CLAIM = PrivacyClaim(1.0, 1.0, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
+
+
+def exported(this: World, folder: Path) -> Path:
+    export_adapter(this.model, moved(this.model), this.config, CLAIM, folder)
+    write_vector(this.model.parameters, this.model.layout, moved(this.model))
+    return folder
+
+
+def answers(*arguments: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in invoke("predict", *arguments, "--json").splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_exported_adapter_opens_as_it_was(world: Worlds, kind: str, tmp_path: Path) -> None:
+    this = world(kind)
+    predictor = open_adapter(exported(this, tmp_path / "adapter"), "cpu")
+    batch = collate(this.examples, [0, 1, 2], this.model.pad_id, this.model.device)
+    with torch.no_grad():
+        ours, theirs = this.model.logits(batch.inputs), predictor.model.logits(batch.inputs)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_file_in_its_order(world: Worlds, data_file: Path, tmp_path: Path) -> None:
+    """The share of right answers is the accuracy that a run would measure; batches change nothing."""
+    this = world("bert-mean")
+    folder = exported(this, tmp_path / "adapter")
+    found = answers(folder, "--file", data_file)
+    with data_file.open(newline="") as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    right = sum(a["label"] == b for a, b in zip(found, labels, strict=True))
+    sums = evaluate(this.model, moved(this.model), this.examples, np.arange(len(labels)))
+    assert right / len(labels) == sums.accuracy
+    assert [a["label"] for a in answers(folder, "--file", data_file, "--batch", "7")] == [
+        a["label"] for a in found
+    ]
+    assert 0.5 <= found[0]["probability"] <= 1
+
+
+def test_one_text_and_standard_input(world: Worlds, tmp_path: Path) -> None:
+    folder = exported(world("bert-mean"), tmp_path / "adapter")
+    (one,) = answers(folder, "some good text")
+    assert one["label"] in LABELS
+    assert invoke("predict", folder, "some good text") == f"{one['label']}\t{one['probability']:.3f}\n"
+    lines = 'some good text\n\n{"text": "w1"}\n'
+    said = CliRunner().invoke(confide.app, ["predict", str(folder), "--json"], input=lines).stdout
+    assert [json.loads(line) for line in said.splitlines()] == [one, *answers(folder, "w1")]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("some good text\nw1\n")
+    assert answers(folder, "--file", texts) == [one, *answers(folder, "w1")]
+
+
+def test_a_pair_needs_both(world: Worlds, data_file: Path, tmp_path: Path) -> None:
+    folder = exported(world("bert-pair"), tmp_path / "adapter")
+    (one,) = answers(folder, "some good text", "--prompt", "is this")
+    said = CliRunner().invoke(
+        confide.app,
+        ["predict", str(folder), "--json"],
+        input='{"text": "some good text", "prompt": "is this"}\n',
+    )
+    assert json.loads(said.stdout) == one
+    assert len(answers(folder, "--file", data_file, "--prompt-column", "prompt")) == 160
+    with pytest.raises(ModelError, match="a prompt and a text"):
+        invoke("predict", folder, "some good text")
+
+
+def test_answers_of_each_kind(world: Worlds, tmp_path: Path) -> None:
+    def of(kind: str, *arguments: str) -> dict[str, Any]:
+        (answer,) = answers(exported(world(kind), tmp_path / kind), *arguments)
+        return answer
+
+    text = "w1 some good text w3"
+    assert of("bert-answers", text, "--prompt", "is this")["answer"] in text
+    assert set(of("bert-several", text)["labels"]) <= {"fine", "poor", "low"}
+    assert isinstance(of("bert-number", text)["value"], float)
+    for entity in of("bert-tags", text)["entities"]:
+        first, last = entity["words"]
+        assert entity["text"] == " ".join(text.split(" ")[first : last + 1])
+    for kind in ("llama-causal", "gpt2-causal", "t5-writes", "mbart-writes"):
+        assert isinstance(of(kind, text)["text"], str)
+
+
+def test_a_tagger_names_what_it_was_taught(world: Worlds, tmp_path: Path) -> None:
+    """The tags of the exported adapter are those of the model's own logits, word by word."""
+    this = world("bert-tags")
+    folder = exported(this, tmp_path / "adapter")
+    text = "w1 good w30 bad"
+    encoded = this.model.tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        best = this.model.logits({k: encoded[k] for k in ("input_ids", "attention_mask")})[0].argmax(dim=-1)
+    tags = [this.model.task.labels[i] for i in best[1:-1].tolist()]
+    assert [e["words"][0] for e in answers(folder, text)[0]["entities"]] == [
+        i for i, tag in enumerate(tags) if tag != "O"
+    ]
+
+
+def test_images(world: Worlds, image_file: Path, tmp_path: Path) -> None:
+    folder = exported(world("vit-images"), tmp_path / "adapter")
+    assert [a["label"] in LABELS for a in answers(folder, "--file", image_file)] == [True] * 160
+
+
+def test_ask_writes_what_predict_says(world: Worlds, tmp_path: Path) -> None:
+    folder = exported(world("llama-causal"), tmp_path / "adapter")
+    (one,) = answers(folder, "w1 w2")
+    assert invoke("ask", folder, "w1 w2", "--max-tokens", "16").strip() == one["text"].strip()
+    two = (
+        CliRunner().invoke(confide.app, ["ask", str(folder), "--max-tokens", "4"], input="w1\nw2\n\n").stdout
+    )
+    assert len(two.strip("\n").splitlines()) == 2
+    drawn = [
+        invoke("ask", folder, "w1", "--max-tokens", "12", "--temperature", "5", "--seed", s) for s in "112"
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ModelError, match="chat template"):
+        invoke("ask", folder, "w1", "--chat")
+    with pytest.raises(ModelError, match="causal-lm"):
+        invoke("ask", exported(world("bert-mean"), tmp_path / "other"), "w1")
+
+
+def test_a_chat_keeps_its_turns(world: Worlds, tmp_path: Path) -> None:
+    from common.speaking import Speaker
+
+    predictor = open_adapter(exported(world("llama-causal"), tmp_path / "adapter"), "cpu")
+    predictor.model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}is"
+    speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
+    with (tmp_path / "said").open("w") as out:
+        speaker.answer("w1", out)
+        first = speaker._ids("w2")
+    assert [turn["role"] for turn in speaker.turns] == ["user", "assistant", "user"]
+    vocabulary = predictor.model.tokenizer.get_vocab()
+    assert vocabulary["w1"] in first and vocabulary["w2"] in first
+
+
+def test_what_cannot_be_answered_is_said(world: Worlds, data_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is no adapter of a run"):
+        invoke("predict", tmp_path, "w1")
+    folder = exported(world("bert-mean"), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="not both"):
+        invoke("predict", folder, "w1", "--file", data_file)
+    result = CliRunner().invoke(confide.app, ["predict", str(folder)], input='{"words": 1}\n')
+    assert isinstance(result.exception, DataError) and "line 1" in str(result.exception)
+    result = CliRunner().invoke(confide.app, ["predict", str(folder)], input="\n")
+    assert isinstance(result.exception, DataError)
