@@ -29,7 +29,7 @@ NOT_PRIVATE = "NOT PRIVATE"
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves the half second of drawing where a test reads words."""
-    monkeypatch.setattr("server.report_style._svg", lambda title, draw: "<svg></svg>")
+    monkeypatch.setattr("common.report_plots._svg", lambda title, draw: "<svg></svg>")
 
 
 def make_run(
