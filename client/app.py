@@ -162,7 +162,7 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
 
 
 def _check_policy(site: Site, round_number: int) -> None:
-    """Raises PolicyRefusal unless the site's own rules allow the round."""
+    """Raises PolicyRefusedError unless the site's own rules allow the round."""
     scope = None if site.ledger is None else site.ledger.balance(site.scope).scope
     asked = Asked(
         config=site.config,

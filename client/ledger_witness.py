@@ -67,11 +67,13 @@ class Witness:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             data = os.pread(descriptor, _FILE_BYTES, 0)
             kept = self._newest(data)
-            if kept is None or kept.seq < head.seq:
+            # What can be read need not be on disk: whoever wrote it may have failed to sync it, and a
+            # second sync may then do nothing. So an equal head is written again, into the other slot.
+            if kept is None or kept.seq <= head.seq:
                 slot = _SLOTS[kept is not None and self._slot(data, _SLOTS[0]) == kept]
                 if os.pwrite(descriptor, head.encode(), slot) != HEAD_BYTES:
                     raise OSError(f"short write to {self.path}")
-                os.fsync(descriptor)
+            os.fsync(descriptor)
             self._seq = head.seq
         finally:
             os.close(descriptor)

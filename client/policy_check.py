@@ -23,7 +23,7 @@ from client.policy import (
     WarmupBounds,
 )
 from common.config import RunConfig
-from common.errors import PolicyRefusal
+from common.errors import PolicyRefusedError
 from common.ledger import Scope
 from common.models import AdaptedModel, Part
 from common.plan import Plan, RoundPlan
@@ -47,7 +47,7 @@ class Asked:
 
 
 def check(policy: SitePolicy, asked: Asked) -> None:
-    """Raises PolicyRefusal unless every rule allows the round; it names every key that does not."""
+    """Raises PolicyRefusedError unless every rule allows the round; it names every key that does not."""
     broken = [
         *_study(policy.study, asked),
         *_source(policy, asked),
@@ -58,7 +58,7 @@ def check(policy: SitePolicy, asked: Asked) -> None:
         *_metrics(policy.metrics, asked),
     ]
     if broken:
-        raise PolicyRefusal(
+        raise PolicyRefusedError(
             f"this site's policy.toml does not allow round {asked.round}: {'; '.join(broken)}. Nothing was "
             "computed or charged. Ask for a run within the policy, or, if this site's people agree to it, "
             "change the policy with confide client policy FOLDER --set FILE"

@@ -43,7 +43,7 @@ class BudgetError(PrivacyError):
     """A charge would exceed what the site has allowed."""
 
 
-class PolicyRefusal(PrivacyError):
+class PolicyRefusedError(PrivacyError):
     """The site's own rules do not allow what was asked. Nothing was computed, charged or sent."""
 
 
@@ -86,7 +86,7 @@ def status_of(error: BaseException) -> StatusCode:
     match error:
         case BudgetError():
             return StatusCode.REFUSED_BUDGET
-        case PolicyRefusal():
+        case PolicyRefusedError():
             return StatusCode.REFUSED_POLICY
         case PrivacyError():
             return StatusCode.REFUSED_PRIVACY

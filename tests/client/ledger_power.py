@@ -206,6 +206,13 @@ class Disk:
                     case folder:
                         for removed, added, inode in self._pending.pop(folder, []):
                             _rename(self._durable, removed, added, inode)
+            case "X":
+                # After a sync that failed the kernel takes the pages for clean: a later sync writes none.
+                match self._open[a]:
+                    case Inode() as file:
+                        file.pending = []
+                    case _:
+                        pass  # a folder's changes are in the journal of the file system
             case "U":
                 self._change(path, None, self._inodes[path])
             case "R":

@@ -176,7 +176,10 @@ int ftruncate64(int fd, off64_t length) { return do_truncate(fd, (long)length); 
 
 static int do_sync(int fd, long number) {
     int what = ours(fd) ? fate() : PASS;
-    if (what == FAIL || what == SHORT) return (int)failed();
+    if (what == FAIL || what == SHORT) {
+        record('X', fd, 0, NULL, NULL, NULL, 0);
+        return (int)failed();
+    }
     int result = (int)syscall(number, fd);
     if (ours(fd) && result == 0) record('S', fd, 0, NULL, NULL, NULL, 0);
     finish(what);
