@@ -62,14 +62,14 @@ def policy(
     from common.files import write_atomically
 
     place = SiteFolder(folder)
+    own_card(place)
     if write and new is not None:
         raise ConfigError("--set and --write exclude each other: give one")
     if write:
         if place.policy.exists():
             raise ConfigError(f"{place.policy} is there already: change it, then put it in force with --set")
-        own_card(place)
         write_atomically(place.policy, STRICT.to_toml().encode())
-    before = _shown(place, witness)
+    before = _in_force(place, witness)
     if new is not None:
         _put_in_force(place, new, read_passphrase(passphrase_file, ask_passphrase), witness)
     shown = _shown(place, witness)
@@ -77,9 +77,9 @@ def policy(
         print_json(shown.to_json(explain))
         return
     if new is not None:
-        say(f"in force: {place.policy}, {shown.standing}", *_changes(before.policy, shown.policy))
+        say(f"in force: {place.policy}, {shown.standing}", *_changes(before, shown.policy))
         return
-    Console(stderr=True, highlight=False, markup=False).print(f"{shown.name}: {shown.standing}")
+    typer.echo(f"{shown.name}: {shown.standing}", err=True)
     if explain:
         _explain(shown.policy)
     else:
@@ -101,7 +101,7 @@ class _Shown:
         if self.origin == "default":
             return "the strict default, which allows nothing; --write puts it here to be changed"
         if self.entry is None:
-            return "not in the ledger yet: confide client policy FOLDER --set FILE signs it into it"
+            return "not in the ledger yet: --set puts it in force"
         return f"in force since entry {self.entry} of the ledger"
 
     def to_json(self, explain: bool) -> dict[str, Any]:
@@ -112,26 +112,40 @@ class _Shown:
         return {"name": self.name, "from": self.origin, "entry": self.entry, "policy": policy, **more}
 
 
+def _recorded(place: SiteFolder, witness: Path | None) -> tuple[int, str] | None:
+    """The policy that the ledger has last, with the number of its entry."""
+    if not place.ledger.is_file():
+        return None
+    from client.ledger_view import look
+
+    found = look(place, witness).policy
+    return None if found is None else (found[0], found[1].text)
+
+
+def _in_force(place: SiteFolder, witness: Path | None) -> SitePolicy:
+    """By the ledger; without one, or where another version has written it, the strict default."""
+    from client.policy import STRICT, parse_policy
+
+    recorded = _recorded(place, witness)
+    try:
+        return STRICT if recorded is None else parse_policy(recorded[1], "the ledger", simulated=True)
+    except ConfigError:
+        return STRICT
+
+
 def _shown(place: SiteFolder, witness: Path | None) -> _Shown:
     """The site's file; without one what the ledger has, as at a simulated site; or the strict default."""
-    from client.identity import own_card
     from client.policy import STRICT, parse_policy, read_text
 
-    own_card(place)
-    recorded = None
-    if place.ledger.is_file():
-        from client.ledger_view import look
-
-        recorded = look(place, witness).policy
+    recorded = _recorded(place, witness)
     if place.policy.exists():
         text = read_text(place.policy)
-        entry = recorded[0] if recorded is not None and recorded[1].text == text else None
+        entry = recorded[0] if recorded is not None and recorded[1] == text else None
         return _Shown(text, parse_policy(text, str(place.policy)), str(place.policy), entry, "file")
     if recorded is not None:
-        entry, text = recorded[0], recorded[1].text
-        return _Shown(
-            text, parse_policy(text, "the ledger", simulated=True), str(place.path), entry, "ledger"
-        )
+        entry, text = recorded
+        policy = parse_policy(text, "the ledger", simulated=True)
+        return _Shown(text, policy, str(place.path), entry, "ledger")
     return _Shown(STRICT.to_toml(), STRICT, str(place.path), None, "default")
 
 

@@ -182,7 +182,7 @@ def attack_run(
     summary = json.loads(folder.summary.read_text("utf-8"))
     rng = np.random.default_rng(seed)
     # The fleet's model may have been trained in this process: the start is read from one of its own.
-    fresh = load_model(config, make_task(config.task.kind, config.task.labels))
+    fresh = load_model(config, make_task(config.task.kind, config.task.labels, config.task))
     start = read_vector(fresh.parameters, fresh.layout)
     del fresh
     fleet = open_fleet(path.resolve())
@@ -283,9 +283,8 @@ def _digest(fleet: Fleet, members: IntArray, held: IntArray, public: IntArray) -
     h = hashlib.sha256(b"confide/attack/v1")
     for examples, indices in ((fleet.examples, members), (fleet.examples, held), (fleet.public, public)):
         h.update(len(indices).to_bytes(8, "little"))
-        for i in indices:
-            start, end = examples.starts[i : i + 2]
-            h.update(examples.tokens[start:end].tobytes() + examples.target[i].tobytes() + b";")
+        for content in examples.contents(indices):
+            h.update(len(content).to_bytes(8, "little") + content)
     return h.digest()
 
 

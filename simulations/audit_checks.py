@@ -106,7 +106,7 @@ def _audit_site(ledger: _Read, others: Sequence[_Read], runs: set[str], terms: T
             kept: list[SignedHead] = []
             checks.append(_try(8, lambda: _check_receipts(ledger, others, verified, terms, kept)))
             checks.insert(6, _try(7, lambda: _check_head(ledger, verified, kept)))
-            checks.append(_try(9, lambda: _check_claims(ledger, verified.history, runs, terms)))
+            checks.append(_try(9, lambda: _check_claims(ledger, verified, runs, terms)))
     tried = {check.number for check in checks}
     checks += [Check(n, Outcome.UNREACHED, "") for n in MEANINGS if n not in tried]
     history = verified.history if verified else None
@@ -277,15 +277,16 @@ def _check_missing(ledger: _Read, terms: Terms) -> list[Check]:
 # 9
 
 
-def _check_claims(ledger: _Read, history: History, runs: set[str], terms: Terms) -> Check:
-    own, site = ledger.runs, ledger.site
+def _check_claims(ledger: _Read, verified: Verified, runs: set[str], terms: Terms) -> Check:
+    own, site, history = ledger.runs, ledger.site, verified.history
+    pld = all(scope.epsilon_pld is not None for scope in verified.scopes)
     notes = []
     # A claim on a run in which this site had no part says nothing of it; one on no site's run is wrong.
     for claim in terms.claims:
         if claim.run in own or claim.run not in runs:
             notes.append(_met(claim, check_claim(claim, history)))
     if terms.run is not None:
-        notes += _check_run(terms.run, own, runs, history, site, terms.pld)
+        notes += _check_run(terms.run, own, runs, history, site, pld)
     if ledger.source.also is not None:
         notes.append(ledger.source.also(ledger.entries))
     if not notes:

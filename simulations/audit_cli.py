@@ -241,7 +241,7 @@ def _show_mechanism(audit: MechanismAudit, seed: int, report: Path | None) -> No
         if not check.passed:
             out.print(f"[bold red]{escape(check.name)}[/]: as with {escape(check.catches)}")
     bad = sum(not check.passed for check in audit.checks)
-    verdict = "[green]passed[/]" if audit.passed else f"[bold red]{bad} checks FAILED[/]"
+    verdict = "[green]passed[/]" if audit.passed else f"[bold red]{bad} check{'s' * (bad > 1)} FAILED[/]"
     out.print(f"{verdict} in {audit.seconds:.1f} s; --seed {seed} repeats it")
     if report is not None:
         out.print(f"report: {escape(str(report))}")

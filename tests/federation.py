@@ -6,7 +6,6 @@ many folders it has.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from common import wire
 from common.adapter import Vector, read_vector, write_vector
 from common.config import RunConfig
 from common.ledger import Reserve
+from common.models import AdaptedModel
 from common.secagg.errors import Exchange
 from common.secagg.masks import Ring
 from common.secagg.messages import MaskReply, MaskRequest
@@ -45,23 +45,23 @@ ROUTES = {exchange: f"query.{exchange.name.lower()}" for exchange in Exchange}
 
 
 def small_config(folder: Path, train: Path, /, **sections: dict[str, Any]) -> RunConfig:
-    """Not resolved: a warm-up round and two more, one step each, whose cost needs no calibration."""
+    """Not resolved: two warm-up rounds and one more, of few steps, whose cost needs no calibration."""
     data: dict[str, dict[str, Any]] = {
-        "run": {"rounds": 2, "checkpoints": 100},
+        "run": {"rounds": 1, "checkpoints": 100},
         "model": {"head": "mean"},
         "sites": {"count": 6},
         "privacy": {
             "sample_rate": 0.5,
             "nominal_records": 12,
             "noise_multiplier": 4.0,
-            "target_epsilon": 60.0,
+            "target_epsilon": 12.0,
         },
         "warmup": {
-            "rounds": 1,
+            "rounds": 2,
             "local_steps": 2,
             "learning_rate": 0.5,
             "noise_multiplier": 4.0,
-            "target_epsilon": 30.0,
+            "target_epsilon": 6.0,
         },
         "training": {"local_steps": 1, "learning_rate": 0.5},
         "aggregation": {"min_cohort": 4},
@@ -79,27 +79,33 @@ class Fleets:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.split = prepare(config)
         self._opened: dict[Path, Fleet] = {}
+        self._model: AdaptedModel | None = None
         self._injected = np.empty(0, dtype=np.float32)
 
     def open(self, path: Path) -> Fleet:
-        if path not in self._opened:
-            if not self._opened:
-                self._opened[path] = fleet = Fleet(RunFolder(path), self.config, self.split)
-                self._injected = read_vector(fleet.model.parameters, fleet.model.layout)
-            else:
-                fleet = copy.copy(next(iter(self._opened.values())))
-                fleet.folder, fleet._ledgers = RunFolder(path), {}
-                fleet.__dict__.pop("roster", None)
-                self._opened[path] = fleet
-        return self._opened[path]
+        if path in self._opened:
+            return self._opened[path]
+        with pytest.MonkeyPatch.context() as patch:
+            if (model := self._model) is not None:  # which has been tested
+                self.start_over()
+                patch.setattr(simulations.fleet, "load_model", lambda *_: model)
+                patch.setattr(simulations.fleet, "self_test", lambda *_: None)
+            fleet = Fleet(RunFolder(path), self.config, self.split)
+        if model is None:
+            self._model = fleet.model
+            self._injected = read_vector(fleet.model.parameters, fleet.model.layout)
+        self._opened[path] = fleet
+        return fleet
 
-    def start_over(self, fleet: Fleet) -> None:
+    def start_over(self) -> None:
         """The adapter as it was injected: another run has left it somewhere."""
-        write_vector(fleet.model.parameters, fleet.model.layout, self._injected)
+        assert self._model is not None
+        write_vector(self._model.parameters, self._model.layout, self._injected)
 
     def close(self, path: Path) -> None:
         """As if the process that had opened it were gone. Before its files are copied or replaced."""
-        fleet = self._opened[path]
+        if (fleet := self._opened.get(path)) is None:
+            return
         while fleet._ledgers:
             fleet._ledgers.popitem()[1].close()
         fleet.__dict__.pop("roster", None)
@@ -273,7 +279,7 @@ class Watch:
 
 
 def run(fleets: Fleets, fleet: Fleet, grid: Any) -> Checkpoint:
-    fleets.start_over(fleet)
+    fleets.start_over()
     return rounds.run(fleet.job(), grid, Watch())
 
 

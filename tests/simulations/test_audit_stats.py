@@ -28,7 +28,7 @@ def brute_force(guesses: int, right: int, canaries: int, epsilon: float, delta: 
     return min(1.0, float(binomial(right, guesses + 1) + 2 * canaries * Fraction(delta) * slack))
 
 
-@pytest.mark.parametrize("guesses", [1, 2, 7, 40])
+@pytest.mark.parametrize("guesses", [1, 2, 7, 20])
 @pytest.mark.parametrize("epsilon, delta", [(0.0, 0.0), (0.5, 1e-5), (1.0, 1e-3), (4.0, 1e-5), (9.0, 0.01)])
 def test_p_is_the_formula(guesses: int, epsilon: float, delta: float) -> None:
     for right in range(guesses + 1):

@@ -204,11 +204,12 @@ def test_dropouts_leave_exact_sums_or_nothing(
     dropout: float, seed: int, make: Make, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleets = make(
-        run={"rounds": 19, "seed": seed},
+        run={"rounds": 2, "seed": seed},
+        warmup={"rounds": 18, "local_steps": 1, "target_epsilon": 30.0},
         sites={"count": 8, "dropout": dropout},
         server={"give_up_after": 0},
         aggregation={"min_cohort": 3},
-        privacy={"noise_multiplier": 8.0},
+        privacy={"target_epsilon": 40.0},
     )
     fleet = begin(fleets)
     oracle = Oracle().watch(monkeypatch)
@@ -236,8 +237,9 @@ def test_dropouts_of_the_demo_for_twenty_rounds(
         f"sites.dropout={dropout}",
         "server.give_up_after=0",
         "training.local_steps=1",
+        "privacy.sample_rate=0.01",
+        "model.max_length=16",  # so that twenty rounds take minutes
         "evaluation.every=0",
-        "metrics.enabled=true",
     ]
     fleets = Fleets(load_config(DEMO, overrides))
     fleet = begin(fleets)
@@ -255,10 +257,10 @@ def test_one_site_lost_at_each_exchange_in_turn(
     how: str, make: Make, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In round k, site 2 is lost at the k-th exchange: the request, or its answer. All five rounds finish."""
-    fleets = make(run={"rounds": 4}, sites={"count": 6})
+    fleets = make(warmup={"rounds": 4}, sites={"count": 5})
     fleet = begin(fleets)
     oracle = Oracle().watch(monkeypatch)
-    network = Network(fleet.folder.path, 6)
+    network = Network(fleet.folder.path, 5)
 
     def lose(node: int, kind: str) -> str:
         number = 1 + sum(event.round > 0 for event in fleet.folder.rounds())
@@ -268,7 +270,7 @@ def test_one_site_lost_at_each_exchange_in_turn(
     run(fleets, fleet, network)
     assert oracle.check(fleet.folder) == 5
     check_unfinished(fleet, network)
-    everybody, others = (1, 2, 3, 4, 5, 6), (1, 3, 4, 5, 6)
+    everybody, others = (1, 2, 3, 4, 5), (1, 3, 4, 5)
     survivors = {key: result.survivors for key, result in oracle.sums.items()}
     assert survivors == {
         (1, 1): others,  # before its shares: it is out
@@ -286,7 +288,7 @@ def test_a_session_that_falls_short_before_any_upload_is_tried_again(
     make: Make, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three of seven are gone at SHARE: too few for the threshold of seven, enough for a new session."""
-    fleets = make(run={"rounds": 1}, sites={"count": 7}, aggregation={"min_cohort": 4, "c_max": 1})
+    fleets = make(warmup={"rounds": 1}, sites={"count": 7}, aggregation={"min_cohort": 4, "c_max": 1})
     fleet = begin(fleets)
     oracle = Oracle().watch(monkeypatch)
     gone = {5, 6, 7}
@@ -421,17 +423,17 @@ def test_lengths_do_not_depend_on_the_data(make: Make, begin: Begin, monkeypatch
     lengths = []
     for name, partition in (("even", "iid"), ("uneven", "dirichlet")):
         fleets = make(
-            sites={"count": 6, "partition": partition, "dirichlet_alpha": 0.5},
+            sites={"count": 4, "partition": partition, "dirichlet_alpha": 0.5},
             privacy={"nominal_records": 8, "noise_multiplier": 8.0},
             metrics={"enabled": True},
         )
         fleet = begin(fleets, name)
-        network = Network(fleet.folder.path, 6)
+        network = Network(fleet.folder.path, 4)
         run(fleets, fleet, network)
         lengths.append([(c.node, c.kind, wire.payload_bytes(c.reply)) for c in network.calls if c.reply])
         sizes = {len(part) for part in fleet.split.sites}
-    assert len(sizes) > 3
-    assert lengths[0] == lengths[1] and len(lengths[0]) == 6 + 3 * 6 * 6
+    assert len(sizes) > 2
+    assert lengths[0] == lengths[1] and len(lengths[0]) == 4 + 3 * 4 * 6
     assert len({length for _, kind, length in lengths[0] if kind == "train"}) == 1
 
 
@@ -442,11 +444,11 @@ def test_lengths_do_not_depend_on_the_data(make: Make, begin: Begin, monkeypatch
 def test_secure_and_plain_federations_reach_the_same_adapter(
     bits: int, make: Make, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One secret, one configuration, once with secure aggregation and once in the clear: up to rounding.
+    """One configuration and one noise, once with secure aggregation and once in the clear: up to rounding.
 
     The noise is keyed by site and round here: its usual key depends on the last bit of the adapter.
     """
-    sections = {"aggregation": {"min_cohort": 4, "ring_bits": bits}}
+    sections = {"sites": {"count": 4}, "aggregation": {"min_cohort": 4, "ring_bits": bits}}
     fleets = {plain: make(study={"plain_updates": plain}, **sections) for plain in (False, True)}
     ends = {}
     for plain, name in ((False, "secure"), (True, "plain")):
@@ -464,10 +466,10 @@ def test_secure_and_plain_federations_reach_the_same_adapter(
 
         with monkeypatch.context() as patch:
             patch.setattr(Fleet, "site", site)
-            network = Network(fleet.folder.path, 6)
+            network = Network(fleet.folder.path, 4)
             run(fleets[plain], fleet, network)
         ends[plain] = adapters(fleet)
-        assert trained == dict.fromkeys(range(1, 7), 3)
+        assert trained == dict.fromkeys(range(1, 5), 3)
         sent = {type(message) for message in replies(network)}
         assert (wire.PlainUpdate in sent) == plain and (MaskReply in sent) != plain
     moved = np.abs(ends[True][3] - ends[True][0]).max()
@@ -475,10 +477,11 @@ def test_secure_and_plain_federations_reach_the_same_adapter(
     plans = fleets[False].open(fleet.folder.path.with_name("secure")).plan.rounds
     codecs = [policy_of(fleets[False].config, fleet.model, plan).codec for plan in plans]
     rounding = sum(max(1 / codec.scale(t) for t in codec.tensors) for codec in codecs)
+    print(f"{bits} bits: moved {moved:.3g}, apart {apart:.3g}, rounding at most {rounding:.3g}")
     assert moved > 1000 * 3e-6
     # A round's rounding goes through the rounds after it, which hardly stretch it at this learning rate.
-    assert apart <= 3e-6 + 1.5 * rounding
-    assert 0 < apart <= (3.1e-6 if bits == 32 else 0.05 * moved)
+    assert apart <= 5e-7 + 1.5 * rounding
+    assert 0 < apart <= (1e-6 if bits == 32 else 0.01 * moved)
 
 
 # Restarts
@@ -498,7 +501,7 @@ def test_sites_and_server_restart_between_any_two_exchanges(
     make: Make, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sites that hold nothing in memory: each exchange meets a process that has just begun."""
-    fleets = make(run={"rounds": 1})
+    fleets = make(warmup={"rounds": 1})
     fleet = begin(fleets)
     other = twin(fleets, fleet, "undisturbed")
     run(fleets, other, Network(other.folder.path, 6))
@@ -595,9 +598,22 @@ def restore(fleet: Fleet, site: int, backup: Path, names: tuple[str, ...] = ()) 
             (folder / name).unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("names", [(), ("secagg.state", "waiting.update")], ids=["folder", "state"])
+@pytest.mark.parametrize(
+    ("names", "code", "said"),
+    [
+        (("secagg.state", "waiting.update"), "refused-protocol", "it was restored from a backup"),
+        ((), "refused-privacy", "than the one that was opened"),  # the ledger is even before the state
+    ],
+    ids=["state", "folder"],
+)
 def test_a_site_that_is_restored_from_a_backup_in_mid_run_refuses(
-    names: tuple[str, ...], make: Make, begin: Begin, tmp_path: Path
+    names: tuple[str, ...],
+    code: str,
+    said: str,
+    make: Make,
+    begin: Begin,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The backup is of after round 1; it comes back before round 3. The others go on."""
     fleets = make()
@@ -611,12 +627,15 @@ def test_a_site_that_is_restored_from_a_backup_in_mid_run_refuses(
         if (done, node, kind) == ([2], 3, "train"):
             restore(fleet, 3, backup, names)
 
+    caplog.set_level(logging.INFO, logger="confide.site")
     network = Network(fleet.folder.path, 6, before=strike)
     run(fleets, fleet, network)
     assert [event.answered for event in fleet.folder.rounds()[1:]] == [6, 6, 5]
     status = [s for s in fleet.folder.site_rounds() if s.site == 3]
-    assert [s.status for s in status] == ["ok", "ok", "refused-protocol"] and status[2].events == []
-    assert "restored from a backup" in Inside(fleet, 3).log[-1]
+    assert [s.status for s in status] == ["ok", "ok", code] and status[2].events == []
+    assert any(said in record.getMessage() for record in caplog.records)
+    if names:  # a site that could be opened has it in its own log, too
+        assert said in Inside(fleet, 3).log[-1]
     refused = [call for call in network.calls if call.node == 3 and call.group == "3"]
     assert [type(call.message) for call in refused] == [wire.Refusal]
 
@@ -723,7 +742,7 @@ def test_a_swapped_key_leaves_no_ledger_behind_that_is_another_site_s(
     make: Make, begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the start. When the keys are back in their places, all six sites take part."""
-    fleets = make(run={"rounds": 1})
+    fleets = make(warmup={"rounds": 1})
     fleet = begin(fleets)
     swap(fleet)
 
