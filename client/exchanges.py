@@ -51,8 +51,14 @@ def answer(site: Site, exchange: Exchange, request: wire.Message) -> wire.Messag
                 session = _session(site, pinned, request.round)
                 found = _waiting(site, pinned)
                 asked = (request.round, session.site.policy.hash)
-                fits = found is not None and (found.round, found.policy_hash) == asked
-                return session.advertise(request, found.context if found and fits else _NO_CONTEXT)
+                # One that a crash has left, used up, would open a session only to fail at MASK.
+                if (
+                    found is None
+                    or (found.round, found.policy_hash) != asked
+                    or found.number <= session.consumed
+                ):
+                    return session.advertise(request, _NO_CONTEXT)
+                return session.advertise(request, found.context)
             case ShareRequest():
                 return _session(site, pinned).share(request)
             case MaskRequest():

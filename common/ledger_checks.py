@@ -38,7 +38,7 @@ from common.ledger_errors import (
 )
 from common.ledger_head import SignedHead
 from common.ledger_replay import Balance, History, count_steps, epsilon_at, filter_budget, rho
-from common.privacy import ORDERS, epsilon_pld, epsilon_rdp
+from common.privacy import ORDERS, epsilon_rdp
 
 _HEADER = canonical({"format": "confide-ledger", "version": 1})
 
@@ -308,7 +308,7 @@ def _epsilon_pld(balance: Balance) -> float | None:
         return None
     found = balance.epsilon_pld
     if found > balance.epsilon_rdp * (1 + _AGREEMENT) + _NOTHING:
-        found = min(found, epsilon_pld(balance.events, balance.scope.delta, _FINE_GRID))
+        found = min(found, balance.epsilon_pld_on(_FINE_GRID))
     return found
 
 

@@ -191,6 +191,10 @@ class Balance:
         """Tighter, for a plan that was fixed in advance; can take seconds for many settings."""
         return epsilon_pld(self.events, self.scope.delta)
 
+    def epsilon_pld_on(self, grid: float) -> float:
+        """The same on a finer grid than the usual one, which is too coarse for very many small steps."""
+        return epsilon_pld(self.events, self.scope.delta, grid)
+
 
 class _Family:
     """Scopes that may share records, and the one spend that they share."""

@@ -131,7 +131,8 @@ def _try(number: int, make: Callable[[], Check]) -> Check:
 
 
 def _failed(number: int, error: LedgerError) -> Check:
-    return Check(number, Outcome.FAILED, str(error), type(error).__name__)
+    note = f"{error.rule}, found {error.found}. {error.advice}" if number else error.found
+    return Check(number, Outcome.FAILED, note, type(error).__name__)
 
 
 def _member(ledger: _Read, terms: Terms) -> Member | None:

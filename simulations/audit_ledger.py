@@ -124,7 +124,7 @@ def finish(found: Audit, *, strict: bool, as_json: bool, report: Path | None) ->
         write_atomically(report, ledger_page(found, strict).encode())
     if as_json:
         page = None if report is None else str(report)
-        print(json.dumps({**to_json(found, strict), "report": page}, indent=2, ensure_ascii=False))
+        print(json.dumps({**to_json(found, strict), "report": page}, indent=2))
     else:
         _show(found, strict)
         if report is not None:
@@ -198,23 +198,21 @@ def _show(found: Audit, strict: bool) -> None:
     checks = Table("", "check", "result", "", box=box.SIMPLE)
     for number, meaning in MEANINGS.items():
         made = [check for check in found.checks if check.number == number]
-        checks.add_row(str(number), meaning.name, _coloured(worst(made)), escape(_summary(made)))
+        checks.add_row(str(number), meaning.name, _coloured(worst(made)), _safe(_summary(made)))
     out.print(checks)
     heads = ("site", "entries", "data source", "ε spent", "PLD", "of", "δ", "checks")
     sites = Table(*heads, box=box.SIMPLE)
     for site in found.sites:
         passed = sum(check.outcome is Outcome.PASSED for check in site.checks)
-        result = "" if passed == len(MEANINGS) else f" {_coloured(worst(site.checks))}"
+        result = "" if passed == len(MEANINGS) else f", {_coloured(worst(site.checks))}"
         for index, cells in enumerate([_scope_cells(s) for s in site.scopes] or [("–",) * 5]):
-            own = (escape(site.called), f"{site.entries:,}") if index == 0 else ("", "")
+            own = (_safe(site.called), f"{site.entries:,}") if index == 0 else ("", "")
             sites.add_row(*own, *cells, f"{passed} of {len(MEANINGS)}{result}" if index == 0 else "")
     out.print(sites)
     for check, whose in found.failures():
         name = f"check {check.number}" if check.number else "not read"
-        out.print(
-            f"[bold red]{name}, {escape(check.error)}[/] ({escape(whose)}): {escape(check.note)}",
-            soft_wrap=True,
-        )
+        line = f"[bold red]{name}, {check.error}[/] ({_safe(whose)}): {_safe(check.note)}"
+        out.print(line, soft_wrap=True)
     if found.absent:
         out.print(f"[yellow]no ledger given of: {_sites(found.absent)}[/]", soft_wrap=True)
     out.print(_verdict(found, strict), soft_wrap=True)
@@ -226,7 +224,7 @@ def _scope_cells(report: ScopeReport) -> tuple[str, ...]:
     scope, pld = report.scope, report.epsilon_pld
     by_pld = "–" if pld is None else epsilon_text(pld)
     terms = f"{scope.target_epsilon:g}", f"{scope.delta:g}"
-    return escape(scope.name), epsilon_text(report.epsilon_rdp), by_pld, *terms
+    return _safe(scope.name), epsilon_text(report.epsilon_rdp), by_pld, *terms
 
 
 def _summary(checks: list[Check]) -> str:
@@ -237,6 +235,12 @@ def _summary(checks: list[Check]) -> str:
     if len({check.outcome for check in checks}) == 1 and len(notes) == 1:
         return next(iter(notes))
     return endings(checks)
+
+
+def _safe(text: str) -> str:
+    from simulations.audit_types import plain
+
+    return escape(plain(text))
 
 
 def _coloured(outcome: Outcome) -> str:
@@ -254,13 +258,14 @@ def _coloured(outcome: Outcome) -> str:
 
 
 def _verdict(found: Audit, strict: bool) -> str:
-    code = found.exit_code(strict)
-    if code:
+    code, gaps = found.exit_code(strict), ", ".join(found.gaps())
+    if code and found.failures():
         return f"[bold red]FAILED[/] (exit code {code})"
-    gaps = found.gaps()
+    if code:
+        return f"[bold red]FAILED[/] (exit code {code}), by --strict alone: {gaps}"
     if not gaps:
         return "[green]passed[/]: all nine checks of every ledger"
-    return f"[green]passed[/], [yellow]as far as it was checked: {', '.join(gaps)}[/] (--strict: a failure)"
+    return f"[green]passed[/], [yellow]as far as it was checked: {gaps}[/] (--strict: a failure)"
 
 
 def _sites(numbers: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from common.identity import fingerprint
 from common.ledger_checks import ScopeReport
 from common.report_style import STYLE, alarm, bullets, general, many, pairs, rounded_up, safe, table
-from simulations.audit_types import MEANINGS, Audit, Check, Outcome, SiteAudit, endings, worst
+from simulations.audit_types import MEANINGS, Audit, Check, Outcome, SiteAudit, endings, plain, worst
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _EXTRA = """
@@ -125,7 +125,7 @@ def _verdict(found: Audit, bad: Sequence[Check], gaps: Sequence[str], failed: bo
 
 def _failure(check: Check, whose: str) -> str:
     name = f"Check {check.number}, {MEANINGS[check.number].name}" if check.number else "Not read"
-    return f"<strong>{name}</strong> ({safe(whose)}; <code>{safe(check.error)}</code>): {safe(check.note)}"
+    return f"<strong>{name}</strong> ({_safe(whose)}; <code>{_safe(check.error)}</code>): {_safe(check.note)}"
 
 
 def _gaps(found: Audit) -> list[str]:
@@ -134,9 +134,9 @@ def _gaps(found: Audit) -> list[str]:
         if check.outcome in (Outcome.PARTLY, Outcome.SKIPPED):
             seen[check.number, check.note] = seen.get((check.number, check.note), 0) + 1
     lines = [
-        f"check {number}, {MEANINGS[number].name}, of {many(count, 'ledger')}: {safe(note)}"
+        f"check {number}, {MEANINGS[number].name}, of {many(count, 'ledger')}: {_safe(note)}"
         if number
-        else f"{many(count, 'site')}: {safe(note)}"
+        else f"{many(count, 'site')}: {_safe(note)}"
         for (number, note), count in seen.items()
     ]
     if found.absent:
@@ -192,15 +192,15 @@ def _card(site: SiteAudit) -> str:
     )
     charges = ", ".join(f"{count:,} {state}" for state, count in sorted(site.states.items())) or "none"
     facts = [("entries", f"{site.entries:,}"), ("charges", charges)]
-    facts += [(f"check {c.number}", safe(c.note)) for c in site.checks if c.note and c.number > 5]
+    facts += [(f"check {c.number}", _safe(c.note)) for c in site.checks if c.note and c.number > 5]
     if site.public:
         facts.append(("key", f"<code>{fingerprint(bytes.fromhex(site.public))}</code>"))
     if site.policy:
         facts.append(("rules in force", f"SHA-256 <code>{site.policy[:16]}…</code>"))
-    facts.append(("read from", f'<span class="origin">{safe(site.origin)}</span>'))
+    facts.append(("read from", f'<span class="origin">{_safe(site.origin)}</span>'))
     return (
         f'<section class="card{" bad" if end is Outcome.FAILED else ""}">\n'
-        f'<h3>Site {safe(site.called)} <small class="{_kind(end)}">{said}</small></h3>\n'
+        f'<h3>Site {_safe(site.called)} <small class="{_kind(end)}">{said}</small></h3>\n'
         + "".join(_spent(report) for report in site.scopes)
         + f'<ul class="steps">{steps}</ul>\n{pairs(facts)}</section>\n'
     )
@@ -216,7 +216,7 @@ def _spent(report: ScopeReport) -> str:
     label = f"ε = {rounded_up(report.epsilon_rdp)} of {general(scope.target_epsilon)}"
     other = "" if report.epsilon_pld is None else f", {rounded_up(report.epsilon_pld)} by loss distributions"
     return (
-        f'<div class="spent"><p><strong>{safe(scope.name)}</strong></p>'
+        f'<div class="spent"><p><strong>{_safe(scope.name)}</strong></p>'
         f'<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label="{label}">'
         f'<rect class="{"in" if share <= 1 else "over"}" width="{width:.2f}" height="12"/></svg>'
         f'<p>{label}</p><p></p><p class="of">{many(report.reservations, "charge")}{other}</p>'
@@ -238,3 +238,7 @@ def _checks(found: Audit) -> str:
             )
         )
     return f"<h2>The nine checks</h2>\n{table(columns, rows)}"
+
+
+def _safe(text: str) -> str:
+    return safe(plain(text))

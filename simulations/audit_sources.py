@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from client.identity import SiteFolder
 from client.ledger_reader import SQLITE_MAGIC, read_entries
 from client.ledger_witness import Witness
 from common.errors import ConfigError
 from common.identity import fingerprint, is_named_by
-from common.ledger import Entry
+from common.ledger import Entry, Genesis
 from common.ledger_checks import Claim, read_export
-from common.ledger_errors import ClaimError, LedgerFormatError, LedgerStorageError
+from common.ledger_errors import ClaimError, LedgerFormatError, LedgerStorageError, WitnessError
 from common.ledger_head import SignedHead
 from common.privacy import epsilon_text
 from common.roster import OtherAuthorityError, SignedRoster, load_roster
@@ -28,7 +29,6 @@ from server.record import RunFolder
 from simulations.audit_types import Check, Outcome, RunClaims, Source, Terms
 
 MAX_EXPORT_BYTES = 256 * 1024 * 1024
-LEDGER = "ledger.sqlite"
 
 _CLAIM = re.compile(r"\((\d+\.\d{3}), ([0-9.e+-]+)\)-differentially private")
 _PLD = re.compile(r"(\d+\.\d{3}) by privacy loss distributions")
@@ -46,8 +46,9 @@ def find_sources(paths: Sequence[Path], run: Path | None) -> tuple[list[Source],
     """
     sources: list[Source] = []
     for path in paths:
-        if (path / LEDGER).is_file():
-            sources.append(_file_source(path / LEDGER))
+        place = SiteFolder(path)
+        if place.ledger.is_file():
+            sources.append(_witnessed_source(place.ledger, place.witness, None))
         elif path.is_dir() and run is None and _is_run(path):
             run = path
         elif path.is_file():
@@ -101,13 +102,37 @@ def _site_sources(folder: RunFolder) -> list[Source]:
 
 def _site_source(folder: RunFolder, site: int) -> Source:
     path = folder.ledger(site)
+    if not path.exists():
+        return Source(str(path), None, site)
+    return _witnessed_source(path, folder.witness(site, "ledger"), site)
 
-    def kept(found: int, key: bytes) -> Sequence[SignedHead]:
-        """Of its witness: the newest head."""
-        head = Witness(folder.witness(site, "ledger"), ledger=path, site=found, public=key).newest()
-        return [] if head is None else [head]
 
-    return Source(str(path), functools.partial(_read, path) if path.exists() else None, site, kept)
+def _witnessed_source(path: Path, witness: Path, site: int | None) -> Source:
+    """A ledger's file, held against the newest head in its witness."""
+    seen: list[SignedHead | WitnessError] = []
+
+    def read() -> tuple[Sequence[Entry], SignedHead | None]:
+        entries = read_entries(path)
+        genesis = entries[0].record if entries else None
+        if isinstance(genesis, Genesis):
+            try:
+                public = bytes.fromhex(genesis.public_key)
+                head = Witness(witness, ledger=path, site=genesis.site, public=public).newest()
+            except WitnessError as error:
+                seen.append(error)
+            else:
+                seen.extend([head] if head else [])
+                if head is not None and head.seq > len(entries):
+                    entries = read_entries(path)  # the site has gone on in between
+        return entries, None
+
+    def kept(_: int, key: bytes) -> Sequence[SignedHead]:
+        for one in seen:
+            if isinstance(one, WitnessError):
+                raise one
+        return [one for one in seen if isinstance(one, SignedHead)]
+
+    return Source(str(path), read, site, kept)
 
 
 # What they are held against
@@ -206,7 +231,7 @@ def read_claims(folder: RunFolder, *, alone: bool) -> tuple[RunClaims | None, st
 
 
 def _failed(error: ClaimError) -> Check:
-    return Check(9, Outcome.FAILED, str(error), type(error).__name__)
+    return Check(9, Outcome.FAILED, f"{error.rule}, found {error.found}", type(error).__name__)
 
 
 def _differ(found: str) -> Check:

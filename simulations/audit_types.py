@@ -172,6 +172,11 @@ class Audit:
         return named + ["ledgers are missing"] * bool(self.absent)
 
 
+def plain(text: object) -> str:
+    """For people: what a ledger's names could do to a terminal or a page is spelled out instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def worst(checks: Iterable[Check]) -> Outcome:
     order = list(Outcome)
     return max((check.outcome for check in checks), key=order.index, default=Outcome.UNREACHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 import confide
 from client.identity import SiteFolder, create_site
 from client.ledger import Ledger
-from common.ledger import Charge, Entry, Genesis, Record, Scope
+from common.ledger import Cancel, Charge, Complete, Entry, Genesis, Record, Reserve, Scope, Start
 from common.ledger_checks import export_ledger
 from common.ledger_head import SignedHead
 from common.ledger_replay import choose_order, filter_budget
@@ -88,6 +89,17 @@ def resigned(records: Iterable[Record], key: IdentityKey) -> list[Entry]:
     for record in records:
         entries.append(Entry.make(entries[-1] if entries else None, record, key))
     return entries
+
+
+def renumbered(entries: Iterable[Entry], by: int) -> list[Record]:
+    """The end of a chain, for one that is `by` entries shorter: a reservation's id is its entry's number."""
+    found: list[Record] = []
+    for entry in entries:
+        record = entry.record
+        if isinstance(record, Reserve | Start | Complete | Cancel):
+            record = dataclasses.replace(record, id=record.id - by)
+        found.append(record)
+    return found
 
 
 def write_receipts(path: Path, heads: Iterable[SignedHead]) -> Path:

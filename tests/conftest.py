@@ -26,6 +26,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,8 @@ from common.targets import columns_of
 from common.tasks import Examples, make_task
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("confide", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("confide")
 
 LABELS = ("bad", "good")
 WORDS = (*(f"w{i}" for i in range(40)), "some", "text", "good", "bad", "is", "this")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from client.identity import SiteFolder
 from client.ledger import Ledger
 from common import ledger_checks
 from common.errors import CheckpointError, ConfigError
@@ -27,6 +28,7 @@ from common.ledger_replay import Balance
 from common.privacy import epsilon_rdp
 from common.roster import OtherAuthorityError, RosterSignatureError
 from common.secagg.keys import IdentityKey
+from simulations import audit_sources
 from tests import audit_world as world
 from tests.audit_world import (
     DELTA,
@@ -202,7 +204,7 @@ def a_budget_of_its_own(entries: tuple[Entry, ...], _: pytest.MonkeyPatch) -> by
 
 def accountants_differ(entries: tuple[Entry, ...], monkeypatch: pytest.MonkeyPatch) -> bytes:
     monkeypatch.setattr(Balance, "epsilon_pld", 7.0)
-    monkeypatch.setattr(ledger_checks, "epsilon_pld", lambda *_: 6.9)
+    monkeypatch.setattr(Balance, "epsilon_pld_on", lambda *_: 6.9)
     return export(entries, SITE)
 
 
@@ -382,19 +384,53 @@ def site(tmp_path: Path) -> Path:
 
 def test_a_site_s_folder_is_read_and_not_touched(site: Path) -> None:
     before = world.snapshot(site.parent)
-    for path in (site, site / "ledger.sqlite"):
+    # A folder's witness has the signed head; a file alone has none.
+    for path, ends in (
+        (site, {7: "passed", 8: "partly"}),
+        (site / "ledger.sqlite", {7: "skipped", 8: "skipped"}),
+    ):
         code, found = audit("ledger", path, "--no-pld")
         assert code == 0
-        assert outcomes(found["sites"][0])[7] == "skipped"
+        assert outcomes(found["sites"][0]).items() >= ends.items()
         assert found["sites"][0]["entries"] == 18
     assert world.snapshot(site.parent) == before
+
+
+def test_a_witness_that_has_seen_more_or_is_damaged_fails_check_8(site: Path) -> None:
+    shutil.copy(site / "ledger.sqlite", site.parent / "backup")
+    with world.open_ledger(site, SITE) as ledger:
+        ledger.reserve(world.charge(60))
+    shutil.copy(site.parent / "backup", site / "ledger.sqlite")
+    code, found = audit("ledger", site, "--no-pld")
+    assert (code, failed(found)) == (28, [(8, "HeadWentBackError")])
+    SiteFolder(site).witness.write_bytes(b"damaged")
+    code, found = audit("ledger", site, "--no-pld")
+    assert (code, failed(found)) == (28, [(8, "WitnessError")])
+
+
+def test_a_site_that_goes_on_between_two_readings_has_not_gone_back(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, once = audit_sources.read_entries, [True]
+
+    def overtaken(path: Path) -> list[Entry]:
+        found = read(path)
+        if once:
+            once.clear()
+            with world.open_ledger(site, SITE) as ledger:
+                ledger.reserve(world.charge(60))
+        return found
+
+    monkeypatch.setattr(audit_sources, "read_entries", overtaken)
+    code, found = audit("ledger", site, "--no-pld")
+    assert (code, found["sites"][0]["entries"], outcomes(found["sites"][0])[7]) == (0, 19, "passed")
 
 
 def test_receipts_can_hold_the_signed_head_of_a_file(site: Path, tmp_path: Path) -> None:
     with world.open_ledger(site, SITE) as ledger:
         newest = ledger.head()
     receipts = world.write_receipts(tmp_path / "r.jsonl", [newest])
-    code, found = audit("ledger", site, "--receipts", receipts, "--no-pld")
+    code, found = audit("ledger", site / "ledger.sqlite", "--receipts", receipts, "--no-pld")
     assert (code, outcomes(found["sites"][0])[7]) == (0, "passed")
 
 
@@ -509,10 +545,12 @@ def test_the_page_is_self_contained_and_says_what_was_found(
 
 
 def test_names_in_a_ledger_are_text_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
+    """Neither HTML nor markup, nor codes that would let a ledger write over the verdict."""
+    codes = "\x1b[2K\x1b[1A\u202e\x9b\r"
     name = "<script>alert(1)</script> [bold red]x[/] & 'y'"
     with world.open_ledger(tmp_path / "north", 1) as ledger:
-        ledger.open_scope(name, target_epsilon=8.0, delta=DELTA)
-        ledger.reserve(world.charge(1, scope=name, run="<b>[/]"))
+        ledger.open_scope(name + codes, target_epsilon=8.0, delta=DELTA)
+        ledger.reserve(world.charge(1, scope=name + codes, run="<b>[/]"))
         path = tmp_path / "e.jsonl"
         path.write_bytes(ledger.export())
     claim = f"<b>[/]:8:{DELTA}"
@@ -520,9 +558,10 @@ def test_names_in_a_ledger_are_text_on_the_page_and_in_the_terminal(tmp_path: Pa
         "audit", "ledger", path, "--report", tmp_path / "a.html", "--claim", claim, columns=200
     )
     assert code == 0
-    assert name in text and "<b>[/]" in text
+    assert name + r"\x1b[2K\x1b[1A\u202e\x9b\r" in text and "<b>[/]" in text
     page = (tmp_path / "a.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page
+    assert not set(codes[:1] + codes[-3:]) & set(text + page)
 
 
 # A run's folder

@@ -25,6 +25,7 @@ import client.app
 import client.exchanges
 from client.identity import SiteFolder, load_identity
 from client.secagg_state import Closed, Ending
+from client.store import save_waiting
 from client.training import CsprngDPOptimizer
 from common import wire
 from common.adapter import Layout, Vector, read_vector, write_vector
@@ -981,14 +982,24 @@ def test_a_crash_between_the_journal_and_the_removal_of_the_update(
             network.ask(VICTIM, ROUTES[M], story.honest[M][VICTIM])
     left = inside.waiting
     assert left is not None and left.number == inside.journal.consumed == 2
+    # It opens no session, in which it would be missed only after the shares.
     server = open_session(fleet, NUMBER, 3, cohort=U2)
-    requests = go_on(network, server, M)
-    check_refusal(network.ask(VICTIM, ROUTES[M], requests[VICTIM]), REFUSED)
-    assert "check 2.7:" in inside.log[-1]
+    check_refusal(network.ask(VICTIM, ROUTES[A], server.advertise_request()), REFUSED)
+    assert "check 0.9:" in inside.log[-1]
     # A new training makes a new one (here with the same noise, as a simulation's is keyed by its context).
     assert isinstance(wire.decode_reply(network.ask(VICTIM, "train", train_request(fleet, 2)))[0], wire.Ready)
     assert inside.waiting.number == 3
     fleets.close(tmp_path / "run")
+
+
+def test_an_update_that_was_uploaded_is_not_uploaded_again(scene: Scenes) -> None:
+    """Somebody has put its file back while a session was open for another one."""
+    here = scene(M)
+    waiting, pinned = here.inside.waiting, here.fleet.site(VICTIM).pinned
+    assert waiting is not None and pinned is not None
+    old = replace(waiting, number=here.inside.journal.consumed)
+    save_waiting(here.inside.folder.waiting, pinned.local_key, old, pinned.random_bytes)
+    here.refuses(here.honest, "2.7")
 
 
 def test_an_update_that_waits_from_another_run_answers_nothing(
