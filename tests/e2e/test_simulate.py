@@ -294,7 +294,9 @@ learning_rate = 0.3
 optimizer = "fedavgm"
 """
     )
-    summary = json.loads(invoke("simulate", path, "--runs", tmp_path / "runs", "--json"))
+    summary = json.loads(
+        invoke("simulate", path, "--runs", tmp_path / "runs", "--json", "--study-noise-seed", "1")
+    )
     assert summary["task"] == "causal-lm"
     assert summary["loss_final"] < summary["loss_initial"]
     assert summary["epsilon_rdp_max"] <= 8.0
