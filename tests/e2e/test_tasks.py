@@ -41,10 +41,14 @@ def simulate(tmp_path: Path, model: Path, train: Path, sections: dict[str, dict[
 
 
 def test_tags(tmp_path: Path, bert_folder: Path, data_file: Path) -> None:
-    sections = {"task": {"kind": "token-classification"}, "data": {"label": "tags"}}
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"rounds": 10},
+        "task": {"kind": "token-classification"},
+        "data": {"label": "tags"},
+    }
     summary = simulate(tmp_path, bert_folder, data_file, sections)
     assert summary["metric"] == "entity F1"
-    assert summary["scores_final"]["entity F1"] > 0.5 > summary["scores_initial"]["entity F1"]
+    assert summary["scores_final"]["entity F1"] > 0.3 > summary["scores_initial"]["entity F1"]
     assert set(summary["scores_final"]) == {"entity F1", "precision", "recall", "word accuracy"}
 
 
