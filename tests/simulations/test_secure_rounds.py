@@ -637,6 +637,7 @@ def test_a_site_that_is_restored_from_a_backup_in_mid_run_refuses(
     assert any(said in record.getMessage() for record in caplog.records)
     if names:  # a site that could be opened has it in its own log, too
         assert said in Inside(fleet, 3).log[-1]
+        assert Inside(fleet, 3).charges == 2  # it refuses before it is charged, not after
     refused = [call for call in network.calls if call.node == 3 and call.group == "3"]
     assert [type(call.message) for call in refused] == [wire.Refusal]
 
