@@ -11,24 +11,21 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from common.files import write_atomically
-from server.record import RoundEvent, RunFolder
-from server.report_accounts import Account, Run, read_run
-from server.report_style import (
+from common.report_plots import Line, plot_bars, plot_epsilon, plot_metric
+from common.report_style import (
     STYLE,
-    Line,
     figure,
     fixed,
     many,
     number,
-    plot_bars,
-    plot_epsilon,
-    plot_metric,
     rounded_down,
     rounded_up,
     safe,
     table,
     tally,
 )
+from server.record import RoundEvent, RunFolder
+from server.report_accounts import Account, Run, read_run
 from server.report_sums import sums
 from server.report_words import banners, capital, chief, header, privacy, tiles
 

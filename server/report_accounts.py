@@ -12,8 +12,10 @@ from common.config import RunConfig
 from common.errors import CheckpointError
 from common.plan import make_plan
 from common.privacy import SampledGaussianEvent, epsilon_rdp
+from common.report_style import (
+    number,
+)
 from server.record import RoundEvent, RunFolder, SessionEnd, SiteRound
-from server.report_style import number
 
 # A site gives these before it charges itself. After any other failure it may have been charged, although
 # the server never saw an update.

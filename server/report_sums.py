@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 
+from common.report_style import (
+    bullets,
+    fixed,
+    many,
+    pairs,
+    safe,
+    table,
+    tally,
+)
 from common.secagg.graph import GraphRule, threshold
 from server.report_accounts import Run
-from server.report_style import bullets, fixed, many, pairs, safe, table, tally
 
 _SHOWN = 50  # sessions and faults, the newest
 

@@ -6,8 +6,19 @@ from collections import Counter
 from typing import Any
 
 from common.privacy import default_delta, epsilon_rdp
+from common.report_style import (
+    alarm,
+    bullets,
+    fixed,
+    general,
+    many,
+    number,
+    pairs,
+    rounded_up,
+    safe,
+    tally,
+)
 from server.report_accounts import Run
-from server.report_style import alarm, bullets, fixed, general, many, number, pairs, rounded_up, safe, tally
 
 _SAME = 1e-6  # ε of summary and events may differ by so much
 _COPIES = 100  # beyond so many copies of a record an example says nothing

@@ -9,6 +9,7 @@ It is no protection against anybody. That is what the signatures and the protoco
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
 from common.secagg.binary import Reader, Writer
@@ -23,7 +24,7 @@ HEADER_BYTES = len(MAGIC) + 2
 MAX_SITES = 2**16 - 1
 
 
-class Framed:
+class Framed(ABC):
     """A message. A subclass has `kind`, `_write` and `_read`."""
 
     kind: ClassVar[int]
@@ -61,12 +62,12 @@ class Framed:
         reader.finish()
         return message
 
-    def _write(self, writer: Writer) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, writer: Writer) -> None: ...
 
     @classmethod
-    def _read(cls, reader: Reader) -> Self:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(cls, reader: Reader) -> Self: ...
 
 
 def check_bytes(name: str, value: object, length: int) -> None:
