@@ -140,7 +140,7 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
             plan=site.plan_digest,
             events=plan.events,
         )
-        reservation = site.ledger.reserve(charge, repeatable=site.repeatable_noise)
+        reservation = site.ledger.reserve(charge, repeatable=site.repeatable_noise, once=True)
         reservation = site.ledger.start(reservation.id)
     # 4. Train, and measure where the federation has metrics on.
     noise = NoiseStream(site.noise_key(context))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from client import ledger_cli, look_cli, policy_cli
+from client import deploy_cli, ledger_cli, look_cli, policy_cli
 from client.cli_options import AsJson, Folder, print_json, read_passphrase, say
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ app.command()(ledger_cli.scope)
 app.command()(ledger_cli.budget)
 app.command()(ledger_cli.export)
 app.command()(look_cli.serve)
+app.command()(deploy_cli.join)
+app.command()(deploy_cli.approve)
+app.command()(deploy_cli.run)
+app.command(hidden=True)(deploy_cli.execute)
 
 
 @app.command()
@@ -49,7 +53,7 @@ def init(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a site's identity: two secret keys that never leave FOLDER, and the card to hand in.
+    """Make a site's identity: secret keys that never leave FOLDER, and the card to hand in.
 
     Send FOLDER/site.pub to the federation's people and read them the fingerprint that is printed, over a
     channel of its own, such as the telephone. Exit code 2: FOLDER has an identity already (none is ever
@@ -63,7 +67,8 @@ def init(
 
     place = SiteFolder(folder)
     passphrase = read_passphrase(passphrase_file, ask_passphrase, new=True)
-    card = create_site(place, name if name is not None else folder.resolve().name, os.urandom, passphrase)
+    called = name if name is not None else folder.resolve().name
+    card = create_site(place, called, os.urandom, passphrase, deployed=True)
     if not place.policy.exists():
         write_atomically(place.policy, STRICT.to_toml().encode())
     finger = _finger(card.public)
@@ -75,10 +80,10 @@ def init(
         f"site: {card.name}",
         f"fingerprint: {finger}",
         f"secret: {place.identity} ({'under a passphrase' if passphrase else 'no passphrase'}), "
-        f"{place.local_key} (mode 0600; show them to nobody)",
+        f"{place.local_key}, {place.node_key}, {place.executor_secret} (mode 0600; show them to nobody)",
         f"next: send {place.card} to the federation's people and read them the fingerprint over a channel of",
-        "      its own. They send back roster.json and read you theirs; then run",
-        f"      confide client pin {folder} roster.json --authority THEIR-FINGERPRINT",
+        "      its own. They send back a kit and read you theirs; then run",
+        f"      confide client join {folder} KIT --authority THEIR-FINGERPRINT",
         f"policy: {place.policy} allows nothing yet: confide client policy {folder} --explain",
     )
 
@@ -177,7 +182,7 @@ def _describe(place: SiteFolder) -> dict[str, Any]:
         "files": modes,
         "exposed": [
             path.name
-            for path in (place.identity, place.local_key)
+            for path in (place.identity, place.local_key, place.node_key, place.executor_secret)
             if (mode := modes[path.name]) is not None and int(mode, 8) & 0o077
         ],
     }
@@ -185,7 +190,8 @@ def _describe(place: SiteFolder) -> dict[str, Any]:
 
 def _modes(place: SiteFolder) -> dict[str, str | None]:
     """Each file's permission bits in octal; None where it is missing."""
-    paths = (place.identity, place.local_key, place.card, place.authority, place.roster)
+    secret = (place.identity, place.local_key, place.node_key, place.executor_secret)
+    paths = (*secret, place.card, place.authority, place.roster)
     return {
         path.name: f"{stat.S_IMODE(path.stat().st_mode):04o}" if path.exists() else None for path in paths
     }

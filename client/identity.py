@@ -2,12 +2,16 @@
 
     identity.pem   the site's long-term private key: secret, perhaps under a passphrase
     local.key      32 random bytes that seal what the site stores: secret, of use at this site only
+    node.key       under which its Flower node shows itself to the server: secret (deployed sites)
     site.pub       the card that the federation enrolls
     authority.pub  the pinned key of the federation's authority
     roster.json    the pinned roster
     waiting.update an encoded update between training and its upload, sealed (client/store.py)
     policy.toml    what the site allows, in its own words (client/policy.py)
     ledger.sqlite  what has been spent of its records' privacy (client/ledger.py)
+    site.toml      where its records lie, and how this machine runs them (client/settings.py)
+    server.json    where the server is, and ca.pem, whose certificate it must show (client/kit.py)
+    bundles/       jobs that its people have approved, and the last one that they have not (client/bundles.py)
 
 None of it ever comes from the server: people carry `site.pub` and `roster.json`, and compare fingerprints.
 """
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -26,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
     KeySerializationEncryption,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 
@@ -84,6 +90,35 @@ class SiteFolder:
     @property
     def local_key(self) -> Path:
         return self.path / "local.key"
+
+    @property
+    def node_key(self) -> Path:
+        return self.path / "node.key"
+
+    @property
+    def executor_secret(self) -> Path:
+        """Shared by the site's node and its executor: nobody else on this machine may claim its tasks."""
+        return self.path / "executor.key"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "site.toml"
+
+    @property
+    def server(self) -> Path:
+        return self.path / "server.json"
+
+    @property
+    def authority_tls(self) -> Path:
+        return self.path / "ca.pem"
+
+    @property
+    def bundles(self) -> Path:
+        return self.path / "bundles"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "log"
 
     @property
     def card(self) -> Path:
@@ -187,15 +222,30 @@ def load_local_key(path: Path) -> Secret:
     return Secret(key)
 
 
+def create_node_key(path: Path) -> bytes:
+    """A new P-384 key in a new file, in OpenSSH's form as Flower reads it, mode 0600; its public half."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    create_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
 def create_site(
-    folder: SiteFolder, name: str, random_bytes: RandomBytes, passphrase: bytes | None
+    folder: SiteFolder,
+    name: str,
+    random_bytes: RandomBytes,
+    passphrase: bytes | None,
+    *,
+    deployed: bool = False,
 ) -> SiteCard:
-    """Make the folder's two keys and its card. A folder that has any of the three is left as it is.
+    """Make the folder's keys and its card. A folder that has any of them is left as it is.
+
+    deployed: with a key for its Flower node and a secret for its executor; a simulated site has no node.
 
     Raises:
         KeyExistsError, PassphraseError, CardFormatError.
     """
-    for path in (folder.identity, folder.local_key, folder.card):
+    own = (folder.identity, folder.local_key, folder.card, folder.node_key, folder.executor_secret)
+    for path in own:
         if path.exists():
             raise KeyExistsError(
                 f"{path} is there already and is never overwritten: choose another folder. If an earlier "
@@ -208,7 +258,11 @@ def create_site(
     make_folder(folder.path)
     identity = create_identity(folder.identity, random_bytes, passphrase)
     create_private(folder.local_key, random_bytes(KEY_BYTES))
-    card = make_card(name, identity)
+    node = b""
+    if deployed:
+        node = create_node_key(folder.node_key)
+        create_private(folder.executor_secret, random_bytes(KEY_BYTES))
+    card = make_card(name, identity, node)
     write_atomically(folder.card, card.encode())
     return card
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from client import ledger_file
 from client.ledger_file import storage_errors
 from client.ledger_witness import Witness
+from common.errors import RepeatedRoundError
 from common.files import sync_folder
 from common.ledger import (
     Cancel,
@@ -163,15 +164,18 @@ class Ledger:
 
     # The life of a charge
 
-    def reserve(self, charge: Charge, *, repeatable: bool = False) -> Reservation:
+    def reserve(self, charge: Charge, *, repeatable: bool = False, once: bool = False) -> Reservation:
         """Charge the full cost, or refuse. Its id is the entry's number.
 
         `repeatable` says that the noise is a function of `charge.context`, so that computing the same
         charge again releases the same numbers, which is free: an equal earlier repeatable reservation
         that was not cancelled is returned, whatever its state, and nothing is added. Without it every
         computation is a new charge.
+        `once` keeps it to one computation for each round of a run: an earlier reservation of that round that
+        was not started is returned if it is of this very charge, and otherwise cancelled.
 
         Raises:
+            RepeatedRoundError: `once`, and the round was computed before, by other noise or on other terms.
             UnknownScopeError: the scope is not open.
             BudgetError: the charge would pass a budget. Nothing was recorded; nothing may be computed.
             LedgerStorageError: it could not be made durable; nothing may be computed.
@@ -179,8 +183,22 @@ class Ledger:
         with self._transaction() as history:
             if repeatable and (earlier := history.repetition(charge)) is not None:
                 return earlier
-            history.check_fits(charge)
-            entry = self._append(Reserve(history.length + 1, charge, repeatable))
+            before = history.of_round(charge) if once and not repeatable else ()
+            for earlier in before:
+                if earlier.state is not State.RESERVED:
+                    raise RepeatedRoundError(
+                        f"round {charge.round} of run {charge.run} was computed before (entry {earlier.id}): "
+                        "another answer would be charged again, so none is given"
+                    )
+                if earlier.charge == charge:
+                    return earlier
+            if not before:
+                history.check_fits(charge)
+                entry = self._append(Reserve(history.length + 1, charge, repeatable))
+        if before:
+            for earlier in before:
+                self.cancel(earlier.id)
+            return self.reserve(charge, once=True)
         return self._history.reservation(entry.seq)
 
     def start(self, number: int) -> Reservation:

@@ -41,8 +41,14 @@ _EXPORT_BEGINS = b'{"format":"confide-ledger"'
 def scope(
     folder: Folder,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Your name for these records.")],
-    epsilon: Annotated[float, typer.Option(help="ε of one record, over everything, for ever.")],
-    delta: Annotated[float, typer.Option(help="δ of the same guarantee: below one over the records.")],
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="ε of one record, over everything, for ever. None: that of --job."),
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(help="δ of the same guarantee: below one over the records. None: that of --job."),
+    ] = None,
     inherits: Annotated[
         str, typer.Option(metavar="A,B", help="Data sources that may hold some of the same records.")
     ] = "",
@@ -55,6 +61,14 @@ def scope(
             "May be repeated; confide plan prints it.",
         ),
     ] = [],  # noqa: B006
+    job: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE.fab",
+            help="A deployed job that these records are to serve: the budget then just holds all its rounds.",
+            show_default=False,
+        ),
+    ] = None,
     passphrase_file: PassphraseFile = None,
     ask_passphrase: AskPassphrase = False,
     witness: WitnessFile = None,
@@ -72,6 +86,16 @@ def scope(
     place = SiteFolder(folder)
     others = tuple(part.strip() for part in inherits.split(",") if part.strip())
     events = [_planned(text) for text in planned]
+    if job is not None:
+        from client.bundles import load_bundle
+        from common.plan import make_plan
+
+        plan = make_plan(load_bundle(job)[1].config)
+        events += plan.events
+        epsilon = plan.target_epsilon if epsilon is None else epsilon
+        delta = plan.delta if delta is None else delta
+    if epsilon is None or delta is None:
+        raise ConfigError("a budget needs --epsilon and --delta, or --job, whose terms it then takes")
     with open_ledger(place, read_passphrase(passphrase_file, ask_passphrase), witness) as ledger:
         opened = ledger.open_scope(
             name, target_epsilon=epsilon, delta=delta, planned=events, inherits=others, note=note

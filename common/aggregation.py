@@ -5,6 +5,7 @@ Server and sites compute these for themselves; they meet only as hashes, which a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from fractions import Fraction
@@ -103,3 +104,11 @@ def context_of(
     """
     setting = json.dumps([run_id, plan_digest, layout_digest, round_number], separators=(",", ":"))
     return transcript.context_hash(adapter.astype("<f4").tobytes(), setting.encode())
+
+
+def setting_of(config: RunConfig, model: AdaptedModel) -> bytes:
+    """SHA-256 of the configuration and of every weight of the base model."""
+    h = hashlib.sha256(b"confide/setting/v1" + config.digest())
+    for name, p in sorted(model.module.state_dict().items()):
+        h.update(f"{name}:{tuple(p.shape)};".encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return h.digest()

@@ -280,7 +280,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        if (self.data.sample is None) == (self.data.train is None):
+        if self.data.sample is not None and self.data.train is not None:
             raise ValueError("data: set exactly one of data.sample and data.train")
         if fault := misfit(
             self.task.kind,

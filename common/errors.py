@@ -47,6 +47,10 @@ class PolicyRefusedError(PrivacyError):
     """The site's own rules do not allow what was asked. Nothing was computed, charged or sent."""
 
 
+class RepeatedRoundError(PrivacyError):
+    """The site has answered this round of this run before. Nothing was computed, charged or sent."""
+
+
 class ProtocolError(ConfideError):
     """A message does not follow the protocol: wrong type, wrong length, wrong order, wrong sender."""
 
@@ -74,6 +78,7 @@ class StatusCode(Enum):
     REFUSED_BUDGET = "refused-budget"
     REFUSED_POLICY = "refused-policy"
     REFUSED_PRIVACY = "refused-privacy"
+    REFUSED_REPEAT = "refused-repeat"
     REFUSED_PROTOCOL = "refused-protocol"
     REFUSED_CONFIG = "refused-config"
     FAILED_DATA = "failed-data"
@@ -88,6 +93,8 @@ def status_of(error: BaseException) -> StatusCode:
             return StatusCode.REFUSED_BUDGET
         case PolicyRefusedError():
             return StatusCode.REFUSED_POLICY
+        case RepeatedRoundError():
+            return StatusCode.REFUSED_REPEAT
         case PrivacyError():
             return StatusCode.REFUSED_PRIVACY
         case ProtocolError():

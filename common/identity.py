@@ -1,8 +1,9 @@
 """What a key stands for: names, fingerprints, a site's card, and files that hold secrets.
 
-A card (`site.pub`) is what a site hands to the federation: its name, its Ed25519 public key, and a
-signature that proves that it has the private one. Cards and rosters are JSON files with one spelling
-only: what does not encode back to the same bytes is refused.
+A card (`site.pub`) is what a site hands to the federation: its name, its Ed25519 public key, the public key
+of its Flower node, and a signature that proves that it has the private one and has named all of them
+together. Cards and rosters are JSON files with one spelling only: what does not encode back to the same
+bytes is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+
 from common.errors import ConfigError, PrivacyError, ProtocolError
 from common.files import sync_folder
 from common.secagg import keys, transcript
 from common.secagg.keys import PUBLIC_BYTES, SIGNATURE_BYTES, IdentityKey
 
-CARD_FORMAT = "confide-site/1"
+CARD_FORMAT = "confide-site/2"
 LABEL_CARD = b"site card"
 LABEL_FINGERPRINT = b"fingerprint"
 MAX_CARD_BYTES = 4096
@@ -108,6 +113,20 @@ def check_key(what: str, public: object) -> None:
         raise ValueError(f"{what} is malformed or of low order: others could sign for it")
 
 
+def check_node(node: object) -> None:
+    """Raises ValueError unless it is empty, or the one spelling of a P-384 public key in DER."""
+    if node == b"":
+        return
+    try:
+        key = load_der_public_key(node) if isinstance(node, bytes) else None
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ValueError("the node's key must be a P-384 public key in DER")
+    if key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != node:
+        raise ValueError("the node's key is spelled in another way")
+
+
 def check_signature(signature: object) -> None:
     """Raises ValueError unless it has the length of one."""
     if not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
@@ -135,22 +154,27 @@ def brief(value: object) -> str:
 class SiteCard:
     """A site's name and public key, and the signature that proves it has the private one.
 
+    node: the P-384 key under which its Flower node shows itself, SubjectPublicKeyInfo in DER; empty for a
+    site that is only simulated.
+
     Raises:
         CardFormatError: a field has another form. CardProofError: the proof does not hold.
     """
 
     name: str
     public: bytes
+    node: bytes
     proof: bytes
 
     def __post_init__(self) -> None:
         try:
             check_name(self.name)
             check_key("the site's key", self.public)
+            check_node(self.node)
             check_signature(self.proof)
         except ValueError as error:
             raise CardFormatError(f"not a site's card: {error}") from None
-        if not keys.verify(self.public, _card_statement(self.name, self.public), self.proof):
+        if not keys.verify(self.public, _card_statement(self.name, self.public, self.node), self.proof):
             raise CardProofError(
                 f"the card of {self.name!r} is not signed by the key that it names: it was changed on its "
                 "way, or its sender does not have the key. Ask the site for its site.pub again"
@@ -162,6 +186,7 @@ class SiteCard:
                 "format": CARD_FORMAT,
                 "name": self.name,
                 "public": self.public.hex(),
+                "node": self.node.hex(),
                 "proof": self.proof.hex(),
             }
         )
@@ -171,21 +196,27 @@ class SiteCard:
         """Raises CardFormatError, CardProofError."""
         try:
             fields = read_json(data, MAX_CARD_BYTES)
-            name, public, proof = take(fields, CARD_FORMAT, "name", "public", "proof")
-            card = cls(check_name(name), hex_bytes("public", public), hex_bytes("proof", proof))
+            name, public, node, proof = take(fields, CARD_FORMAT, "name", "public", "node", "proof")
+            card = cls(
+                check_name(name),
+                hex_bytes("public", public),
+                hex_bytes("node", node),
+                hex_bytes("proof", proof),
+            )
             check_spelling(card.encode(), data)
         except ValueError as error:
             raise CardFormatError(f"not a site's card: {error}. Ask the site for it again") from None
         return card
 
 
-def make_card(name: str, identity: IdentityKey) -> SiteCard:
-    """Raises CardFormatError: `name` cannot be one."""
+def make_card(name: str, identity: IdentityKey, node: bytes = b"") -> SiteCard:
+    """Raises CardFormatError: `name` or `node` cannot be one."""
     try:
-        statement = _card_statement(check_name(name), identity.public)
+        check_node(node)
+        statement = _card_statement(check_name(name), identity.public, node)
     except ValueError as error:
         raise CardFormatError(str(error)) from None
-    return SiteCard(name, identity.public, identity.sign(statement))
+    return SiteCard(name, identity.public, node, identity.sign(statement))
 
 
 def load_card(path: Path) -> SiteCard:
@@ -198,8 +229,8 @@ def load_card(path: Path) -> SiteCard:
         raise CardProofError(f"{path}: {error}") from None
 
 
-def _card_statement(name: str, public: bytes) -> bytes:
-    return transcript.digest(LABEL_CARD, name.encode(), public)
+def _card_statement(name: str, public: bytes, node: bytes) -> bytes:
+    return transcript.digest(LABEL_CARD, name.encode(), public, node)
 
 
 # JSON that has one spelling

@@ -289,6 +289,15 @@ class History:
         number = self._repeatable.get(charge)
         return None if number is None else self.reservations[number]
 
+    def of_round(self, charge: Charge) -> tuple[Reservation, ...]:
+        """What was reserved for the round of this charge, on this data source, and not cancelled."""
+        asked = (charge.scope, charge.run, charge.round)
+        return tuple(
+            r
+            for r in self.reservations.values()
+            if (r.charge.scope, r.charge.run, r.charge.round) == asked and r.state is not State.CANCELLED
+        )
+
     def check_fits(self, charge: Charge) -> None:
         """Whether the filters of all scopes that the charge counts in allow it.
 

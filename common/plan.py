@@ -6,9 +6,11 @@ the same one. A site follows its own plan; the server can only name a round of i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from common.config import AdapterMethod, AggregationSection, LocalOptimizer, RunConfig
@@ -262,6 +264,12 @@ def make_plan(config: RunConfig) -> Plan:
     ]
     rounds = [probe] * warmup.rounds + tune if probe is not None else tune
     return Plan(tuple(rounds), privacy.target_epsilon, delta, private)
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256, hex, of the plan in canonical JSON: server and sites hold the same one or nothing runs."""
+    text = json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), default=lambda e: e.value)
+    return hashlib.sha256(b"confide/plan/v1" + text.encode()).hexdigest()
 
 
 def _part(method: AdapterMethod, number: int) -> Part:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from server import deploy_cli
+
 if TYPE_CHECKING:
     from common.roster import Member, SignedRoster
 
@@ -21,6 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(deploy_cli.kit)
+app.command()(deploy_cli.certificate)
+app.command()(deploy_cli.run)
+app.command()(deploy_cli.submit)
+app.command()(deploy_cli.status)
+app.command()(deploy_cli.stop)
+app.command()(deploy_cli.resume)
+
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The federation's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
@@ -28,26 +38,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 @app.command()
 def init(
     folder: Folder,
-    name: Annotated[str, typer.Option(help="The federation's name, for people.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Option(help="The federation's name, for people. None: the folder's.", show_default=False),
+    ] = None,
+    hosts: Annotated[
+        list[str],
+        typer.Option(
+            "--host",
+            metavar="HOST",
+            help="A host name or address by which sites reach this server; may be repeated.",
+            show_default="this machine alone",
+        ),
+    ] = [],  # noqa: B006
+    port: Annotated[
+        int, typer.Option(help="Of the gate; the four after it are used on the loopback.")
+    ] = 9092,
     as_json: AsJson = False,
 ) -> None:
-    """Make a federation: its authority's key, and an empty roster that the key has signed.
+    """Make a federation: its authority's key, an empty signed roster, and TLS for its server.
 
     FOLDER/authority.key (mode 0600) decides who is in the federation: back it up and show it to nobody. Read
     the fingerprint that is printed to every site's people over a channel of its own, such as the telephone;
-    they pin it. Exit code 2: the folder has a federation already, or the name cannot be one.
+    they pin it. Exit code 2: the folder has a federation already, or the name or a host cannot be one.
     """
+    import datetime
     import os
 
     from server.federation import FederationFolder, create_federation
+    from server.serving import create_serving
 
     place = FederationFolder(folder)
-    roster = create_federation(place, name, os.urandom)
+    roster = create_federation(place, name if name is not None else folder.resolve().name, os.urandom)
+    create_serving(place, roster.federation, hosts, port, os.urandom, datetime.datetime.now(datetime.UTC))
     if as_json:
         _print_json(_roster_fields(roster))
         return
     _say(
-        f"federation: {name}, roster version 0",
+        f"federation: {roster.federation}, roster version 0",
         f"authority: {_finger(roster.authority)}",
         f"secret: {place.authority} (mode 0600; back it up, show it to nobody)",
         "next: read the authority's fingerprint to every site's people over a channel of its own, and enroll",
@@ -88,8 +116,8 @@ def enroll(
         f"enrolled: site {member.id}, {member.name}",
         f"fingerprint: {_finger(member.public)} (compare it with what the site's people read out)",
         f"roster: {place.roster}, version {roster.version}, {_count(roster)}",
-        f"next: send {place.roster.name} to every site, which runs",
-        f"      confide client pin SITE-FOLDER {place.roster.name} --authority {_finger(roster.authority)}",
+        f"next: make the site's kit with confide server kit {federation} {member.id}, and send it;",
+        "      sites that have joined take the new roster from a new kit, or with confide client pin",
     )
 
 

@@ -21,6 +21,7 @@ from server.receipts import Receipts
 _POLL_SECONDS = 0.05
 MALFORMED = "malformed"
 LEDGER = "ledger-went-back"
+IMPOSTOR = "another-site"  # it named a site that was not enrolled with its node's key
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,37 @@ def roll_call(
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
     receipts: Receipts | None = None,
+    names: Mapping[int, int] | None = None,
+    absent: Callable[[int, str], None] = lambda site, reason: None,
 ) -> dict[int, int]:
-    """Site id → node id of every live site. Flower's node ids change between runs; a site's id does not."""
-    nodes = sorted(grid.get_node_ids())
+    """Site id → node id of every live site. Flower's node ids change between runs; a site's id does not.
+
+    names: node id → the site that was enrolled with that node's key. Then no other node is asked, and none
+    answers in another's name; `absent` hears of each that takes no part, and why.
+
+    Raises:
+        RoundError: without names, two nodes say that they are the same site.
+    """
+    nodes = sorted(grid.get_node_ids() if names is None else names)
     found: dict[int, int] = {}
     for answer in exchange(
         grid, dict.fromkeys(nodes, wire.Hello(0)), "query.hello", "0", deadline, nodes, clock
     ):
+        node = answer.site
         if isinstance(answer, Failure) or not isinstance(answer.message, wire.Hello):
+            if names is not None:
+                absent(names[node], answer.reason if isinstance(answer, Failure) else MALFORMED)
             continue
         site = answer.message.site
+        if names is not None and site != names[node]:
+            absent(names[node], IMPOSTOR)
+            continue
         if receipts is not None and not receipts.accept(site, answer.head):
+            absent(site, LEDGER)
             continue
         if site in found:
             raise RoundError(f"two nodes say that they are site {site}: give each site its own id")
-        found[site] = answer.site
+        found[site] = node
     return dict(sorted(found.items()))
 
 

@@ -2,9 +2,16 @@
 
     authority.key  the authority's 32-byte Ed25519 private key: secret, and the root of everybody's trust
     roster.json    the newest roster; hand it to every site
+    nodes/         the key of each member's Flower node, as on its card
+    server.toml    where the server listens (server/settings.py)
+    tls/           its certificate, and the authority that has signed it (server/tls.py)
+    superexec.key  what Flower's SuperLink and SuperExec share: secret
+    jobs/          jobs, one folder each (server/jobs.py)
+    receipts.jsonl heads of the sites' ledgers, over all jobs
+    flwr/, log/    Flower's state; what the server's processes have said
 
-The coordinator that runs rounds needs the roster alone. Keep the folder on a machine that sites do not
-reach, if you can: who has the key can put sites of their own into the roster.
+The coordinator that runs rounds needs everything but authority.key. Keep that one on a machine that sites do
+not reach, if you can: who has it can put sites of their own into the roster.
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from common.errors import ConfigError
 from common.files import write_atomically
@@ -51,6 +60,61 @@ class FederationFolder:
     @property
     def roster(self) -> Path:
         return self.path / "roster.json"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "server.toml"
+
+    @property
+    def tls(self) -> Path:
+        return self.path / "tls"
+
+    @property
+    def superexec_secret(self) -> Path:
+        return self.path / "superexec.key"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def receipts(self) -> Path:
+        return self.path / "receipts.jsonl"
+
+    @property
+    def flower(self) -> Path:
+        return self.path / "flwr"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "log"
+
+    def node(self, site_id: int) -> Path:
+        return self.path / "nodes" / f"{site_id}.pem"
+
+    def nodes(self) -> dict[bytes, int]:
+        """The public key of each enrolled node, PEM, → its site."""
+        found = (self.path / "nodes").glob("*.pem")
+        return {path.read_bytes(): int(path.stem) for path in found if path.stem.isdigit()}
+
+    @property
+    def serving_file(self) -> Path:
+        """Process ids, while `confide server run` is at work."""
+        return self.path / "serving.json"
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside: no other `confide server run` works on this federation.
+
+        Raises:
+            FederationError: one does.
+        """
+        with (self.path / ".serving.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FederationError(f"{self.path} is being served already: stop that first") from None
+            yield
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -95,7 +159,12 @@ def load_authority(folder: FederationFolder) -> IdentityKey:
 
 
 def load_federation(folder: FederationFolder) -> SignedRoster:
-    """The newest roster, as this folder's authority has signed it."""
+    """The newest roster, as this folder's authority has signed it.
+
+    Where authority.key is kept on another machine, the roster names its authority itself: sites check it.
+    """
+    if folder.roster.is_file() and not folder.authority.exists():
+        return load_roster(folder.roster, None)
     return load_roster(folder.roster, load_authority(folder).public)
 
 
@@ -133,6 +202,15 @@ def enroll_site(
                 f"an id must be from 1 to {MAX_ID} and never have been used, found {site_id}: choose another "
                 "with --id"
             )
+        if card.node:
+            make_folder(folder.node(site_id).parent)
+            pem = load_der_public_key(card.node).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            if pem in folder.nodes():
+                raise EnrollmentError(
+                    f"the node's key on this card is that of site {folder.nodes()[pem]} already: have the "
+                    "site make a new folder with confide client init"
+                )
+            write_atomically(folder.node(site_id), pem)
         member = Member(site_id, card.name, card.public)
         members = sorted((*roster.members, member), key=lambda one: one.id)
         return member, _sign(folder, authority, roster, members, roster.retired)
@@ -153,6 +231,7 @@ def revoke_site(folder: FederationFolder, site_id: int) -> tuple[Member, SignedR
                 "was revoked already" if any(one.id == site_id for one in roster.retired) else "is no member"
             )
             raise EnrollmentError(f"site {site_id} {why}: confide server roster lists the members")
+        folder.node(site_id).unlink(missing_ok=True)  # first: a node without a roster entry does nothing
         members = [one for one in roster.members if one != member]
         retired = sorted((*roster.retired, member), key=lambda one: one.id)
         return member, _sign(folder, authority, roster, members, retired)

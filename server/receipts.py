@@ -23,7 +23,7 @@ class Receipts:
     """
 
     def __init__(self, path: Path, roster: Roster) -> None:
-        self._path = path
+        self.path = path
         self._roster = roster
         self.newest: dict[int, SignedHead] = {}
         for head in read_receipts(path):
@@ -50,7 +50,7 @@ class Receipts:
 
     def _append(self, head: SignedHead) -> None:
         line = json.dumps({"site": head.site, "seq": head.seq, "head": head.encode().hex()})
-        with self._path.open("a+b", buffering=0) as file:
+        with self.path.open("a+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 file.write(b"\n")  # ends a line that a crash tore

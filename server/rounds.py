@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -33,12 +34,14 @@ from server.gather import Gatherer
 from server.receipts import Receipts
 from server.record import RoundEvent, RunFolder, SiteRound
 
+_WAIT_SECONDS = 3.0  # between looks at which sites are there, while there are too few
 _REFUSALS = {code.value for code in StatusCode}
 # Answers that say that nothing was charged; see the order of checks in client/app.py.
 _FREE = {
     StatusCode.REFUSED_BUDGET.value,
     StatusCode.REFUSED_POLICY.value,
     StatusCode.REFUSED_PRIVACY.value,
+    StatusCode.REFUSED_REPEAT.value,
     StatusCode.REFUSED_CONFIG.value,
     StatusCode.REFUSED_PROTOCOL.value,
 }
@@ -59,6 +62,8 @@ class Job:
     features: FeatureCache  # of the public records, while rounds train the head only
     roster: Roster
     receipts: Receipts | None  # of the sites' ledgers; None in a study without privacy
+    names: Callable[[Grid], dict[int, int]] | None = None  # deployed: live nodes → sites, by enrolled keys
+    called: Callable[[list[int], dict[int, str]], None] = lambda present, absent: None  # hears of roll calls
 
 
 class Watcher(Protocol):
@@ -104,6 +109,7 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
         sites = _roll_call(job, grid)
         failed = 0
         while now.round < len(job.plan.rounds):
+            sites = _present(job, grid, sites)
             now, event = run_round(job, grid, now, sites, watcher)
             curves.add(event)
             watcher.round_done(event)
@@ -120,10 +126,33 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
 def _roll_call(job: Job, grid: Grid) -> dict[int, int]:
     """The live sites. Who names itself by an id that the roster does not have could sign nothing: it is not
     asked, or the round could not be opened."""
-    found = cohort.roll_call(grid, job.config.server.deadline_seconds, receipts=job.receipts)
-    if job.config.study.plain_updates:
-        return found
-    return {site: node for site, node in found.items() if site in job.roster}
+    absent: dict[int, str] = {}
+    found = cohort.roll_call(
+        grid,
+        min(job.config.server.deadline_seconds, job.config.aggregation.deadline_seconds),
+        receipts=job.receipts,
+        names=None if job.names is None else job.names(grid),
+        absent=absent.__setitem__,
+    )
+    if not job.config.study.plain_updates:
+        found = {site: node for site, node in found.items() if site in job.roster}
+    job.called(sorted(found), absent)
+    return found
+
+
+def _present(
+    job: Job, grid: Grid, sites: dict[int, int], rest: Callable[[float], None] = time.sleep
+) -> dict[int, int]:
+    """Who is there now. Deployed sites come and go: whoever is new, or was away, is called, and a round that
+    too few could take part in waits. Simulated sites stay as they were called at first."""
+    if job.names is None:
+        return sites
+    while True:
+        if set(job.names(grid)) != set(sites.values()):
+            sites = _roll_call(job, grid)
+        if len(sites) >= (job.config.aggregation.min_cohort or 1):
+            return sites
+        rest(_WAIT_SECONDS)
 
 
 def run_round(
@@ -225,7 +254,7 @@ def _train(
             else:
                 trained.refused[answer.site] = cohort.MALFORMED
         watcher.site_done(number, len(asked))
-    if not trained.ready and set(trained.refused.values()) <= _REFUSALS:
+    if not trained.ready and set(trained.refused.values()) <= _REFUSALS - {StatusCode.REFUSED_REPEAT.value}:
         # Every site has said no: asking again would not change that.
         _record_sites(job, number, trained, _Total(None, None, {}))
         codes = Counter(trained.refused.values())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from client.site import Pinned, Site
 from client.store import FileStore
 from client.training import Shard
 from common.adapter import Vector, read_vector
+from common.aggregation import setting_of
 from common.config import DataSection, Partition, RunConfig, TaskKind
 from common.datasets import Sample, read_sample, read_table
 from common.decoding import decoded_scores
@@ -33,7 +33,7 @@ from common.ledger_errors import RolledBackError
 from common.ledger_replay import Balance
 from common.models import AdaptedModel, load_model
 from common.noise import KEY_BYTES, derived_key
-from common.plan import Plan, make_plan
+from common.plan import Plan, make_plan, plan_digest
 from common.roster import load_roster
 from common.secagg.keys import IdentityKey
 from common.secagg.policy import Roster
@@ -127,6 +127,8 @@ def _rng(config: RunConfig, purpose: int) -> np.random.Generator:
 def _read(data: DataSection, columns: Columns) -> Table:
     if data.train is not None:
         return read_table(data.train, columns)
+    if data.sample is None:
+        raise ConfigError("data: set exactly one of data.sample and data.train to simulate")
     try:
         sample = Sample(data.sample)
     except ValueError:
@@ -181,7 +183,7 @@ class Fleet:
         self.public: Examples = task.encode(split.public, self.model.tokenizer, config.model.max_length)
         self._features = FeatureCache()
         self._ledgers: dict[int, Ledger] = {}
-        self._setting = _setting(config, self.model)
+        self._setting = setting_of(config, self.model)
         self._model_digest = model_digest(self.model)
         self._own_policy = policy_of_run(config, self.plan, source=SCOPE, model=self._model_digest)
         self._policy_text = self._own_policy.to_toml()
@@ -352,20 +354,6 @@ class Fleet:
             for i, held in enumerate(self.split.held, start=1)
             if len(held)
         }
-
-
-def _setting(config: RunConfig, model: AdaptedModel) -> bytes:
-    """SHA-256 of the configuration and of every weight of the base model."""
-    h = hashlib.sha256(b"confide/setting/v1" + config.digest())
-    for name, p in sorted(model.module.state_dict().items()):
-        h.update(f"{name}:{tuple(p.shape)};".encode() + p.detach().cpu().contiguous().numpy().tobytes())
-    return h.digest()
-
-
-def plan_digest(plan: Plan) -> str:
-    """SHA-256, hex, of the plan in canonical JSON: server and sites hold the same one or nothing runs."""
-    text = json.dumps(asdict(plan), sort_keys=True, separators=(",", ":"), default=lambda e: e.value)
-    return hashlib.sha256(b"confide/plan/v1" + text.encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -23,14 +23,14 @@ from common import wire
 from common.aggregation import policy_of
 from common.errors import DataError, ModelError, PrivacyError, StatusCode
 from common.features import FeatureCache
+from common.ledger import Charge
 from common.ledger_head import HEAD_BYTES, SignedHead
 from common.ledger_replay import State
-from common.noise import derived_key
-from common.plan import make_plan, resolve
+from common.noise import derived_key, fresh_key
+from common.plan import make_plan, plan_digest, resolve
 from common.secagg.keys import IdentityKey
 from common.secagg.masks import Ring
 from simulations.engines import InlineGrid
-from simulations.fleet import plan_digest
 from tests.conftest import LABELS, World, moved
 
 SECRET = "the record of a patient, born in 1961"
@@ -260,14 +260,32 @@ def test_another_question_gets_other_noise_and_another_charge(subject: Client, c
     assert subject.charges == 2
 
 
-def test_fresh_noise_is_charged_again(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = iter([bytes(32), bytes([1] * 32)])
-    fresh = dataclasses.replace(subject.site, repeatable_noise=False, noise_key=lambda _: next(keys))
+def test_with_fresh_noise_a_round_is_computed_and_charged_once(subject: Client) -> None:
+    """Another answer to the same question would have other noise, so it would be a second charge."""
+    fresh = dataclasses.replace(subject.site, repeatable_noise=False, noise_key=lambda _: fresh_key())
     deployed = Client(fresh)
-    first = deployed.vector(deployed.request())
+    deployed.vector(deployed.request())
     deployed.forget()
-    assert not np.array_equal(first, deployed.vector(deployed.request()))
+    assert deployed.ask(deployed.request()) == wire.Refusal(3, StatusCode.REFUSED_REPEAT)
+    assert deployed.charges == 1
+    deployed.vector(deployed.request(round=2))
     assert deployed.charges == 2
+
+
+def test_what_was_reserved_and_never_computed_is_used_or_given_back(subject: Client) -> None:
+    fresh = dataclasses.replace(subject.site, repeatable_noise=False, noise_key=lambda _: fresh_key())
+    deployed = Client(fresh)
+    ledger = deployed.site.ledger
+    assert ledger is not None
+    cut = ledger.reserve(
+        Charge(deployed.site.scope, "run", 1, "00" * 32, "m", "p", deployed.site.plan.round(1).events),
+        once=True,
+    )
+    again = ledger.reserve(cut.charge, once=True)
+    assert again.id == cut.id
+    deployed.vector(deployed.request())  # on other terms: the adapter is another
+    assert ledger.reservation(cut.id).state is State.CANCELLED
+    assert deployed.charges == 1
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,10 @@ from common.errors import ConfigError, PolicyRefusedError, StatusCode, status_of
 from common.ledger import Charge, Policy
 from common.ledger_checks import verify_export
 from common.ledger_errors import RolledBackError
-from common.plan import make_plan
+from common.plan import make_plan, plan_digest
 from common.privacy import SampledGaussianEvent
 from common.secagg import policy as secagg
 from common.secagg.keys import Secret
-from simulations.fleet import plan_digest
 from tests.client import test_app
 from tests.client.test_app import Client
 from tests.conftest import World, moved, tiny_config, tiny_model

@@ -11,9 +11,8 @@ import pytest
 from common.config import AdapterMethod, LocalOptimizer, RunConfig, load_config
 from common.errors import ConfigError, PrivacyError
 from common.models import Part
-from common.plan import Plan, make_plan, resolve
+from common.plan import Plan, make_plan, plan_digest, resolve
 from common.privacy import SampledGaussianEvent, epsilon_rdp
-from simulations.fleet import plan_digest
 from tests.conftest import LABELS, tiny_config
 
 WARM = {"model": {"head": "mean"}, "warmup": {"rounds": 2, "local_steps": 3, "target_epsilon": 1.5}}

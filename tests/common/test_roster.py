@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,12 +54,20 @@ from common.secagg.policy import check_roster
 from tests.secagg_world import Stream
 
 RANDOM = Stream(11)
+
+
+def node_key(curve: ec.EllipticCurve) -> bytes:
+    public = ec.generate_private_key(curve).public_key()
+    return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
 AUTHORITY = IdentityKey.generate(RANDOM)
 SITES = [IdentityKey.generate(RANDOM) for _ in range(6)]
 MEMBERS = tuple(Member(i, f"site {i}", SITES[i].public) for i in (1, 2, 4))
 RETIRED = (Member(3, "site 3", SITES[3].public),)
 ROSTER = sign_roster("Heart study", 5, MEMBERS, RETIRED, AUTHORITY)
 CARD = make_card("north", SITES[0])
+NODE = node_key(ec.SECP384R1())
 
 names = st.from_regex(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,62}[A-Za-z0-9])?", fullmatch=True)
 
@@ -92,9 +102,13 @@ OTHER = make_card("south", SITES[1])
 BAD_CARDS: dict[str, tuple[bytes, type[ConfideError]]] = {
     "another_name": (card_with(name="south"), CardProofError),
     "another_key": (card_with(public=SITES[1].public.hex()), CardProofError),
+    "another_node": (card_with(node=NODE.hex()), CardProofError),
+    "node_of_another_curve": (card_with(node=node_key(ec.SECP256R1()).hex()), CardFormatError),
+    "node_that_is_no_key": (card_with(node="00" * 120), CardFormatError),
+    "node_with_more": (card_with(node=NODE.hex() + "00"), CardFormatError),
     "another_proof": (card_with(proof=OTHER.proof.hex()), CardProofError),
     "changed_proof": (card_with(proof=flipped(CARD.proof.hex())), CardProofError),
-    "another_format": (card_with(format="confide-site/2"), CardFormatError),
+    "another_format": (card_with(format="confide-site/1"), CardFormatError),
     "missing_proof": (card_with(proof=...), CardFormatError),
     "extra_field": (card_with(id=7), CardFormatError),
     "empty_name": (card_with(name=""), CardFormatError),
@@ -160,7 +174,7 @@ def test_anybody_signs_under_a_key_of_order_one() -> None:
 @pytest.mark.parametrize("name", NOBODYS_KEYS)
 def test_a_key_that_is_nobody_s_is_refused(name: str) -> None:
     with pytest.raises(CardFormatError, match="low order"):
-        SiteCard("north", NOBODYS_KEYS[name], NOBODYS_KEYS["order_1"] + bytes(32))
+        SiteCard("north", NOBODYS_KEYS[name], b"", NOBODYS_KEYS["order_1"] + bytes(32))
     with pytest.raises(RosterFormatError, match="low order"):
         Member(1, "north", NOBODYS_KEYS[name])
 
@@ -384,7 +398,10 @@ def test_what_is_signed_is_what_the_format_says() -> None:
     )
     assert ROSTER.statement == statement
     assert keys.verify(AUTHORITY.public, statement, ROSTER.signature)
-    assert keys.verify(CARD.public, oracle(domain, b"site card", b"north", CARD.public), CARD.proof)
+    assert keys.verify(CARD.public, oracle(domain, b"site card", b"north", CARD.public, b""), CARD.proof)
+    deployed = make_card("north", SITES[0], NODE)
+    said = oracle(domain, b"site card", b"north", CARD.public, NODE)
+    assert keys.verify(CARD.public, said, deployed.proof)
     finger = base64.b32encode(oracle(domain, b"fingerprint", CARD.public)[:20]).decode()
     assert fingerprint(CARD.public).replace("-", "") == finger
 

@@ -67,7 +67,7 @@ def test_init_enroll_pin_show(tmp_path: Path) -> None:
     authority = next(line.split()[1] for line in founded.splitlines() if line.startswith("authority:"))
     made = run("client", "init", "north")
     finger = next(line.split()[1] for line in made.splitlines() if line.startswith("fingerprint:"))
-    assert "confide client pin north roster.json --authority" in made
+    assert "confide client join north KIT --authority" in made
     enrolled = run("server", "enroll", "north/site.pub", "--federation", "federation")
     assert "enrolled: site 1, north" in enrolled
     assert finger in enrolled
@@ -228,14 +228,14 @@ def test_two_enrollments_at_a_time_cannot_fork_the_roster(tmp_path: Path, federa
 
 
 def test_a_federation_is_never_overwritten(federation: Path) -> None:
-    before = {path: path.read_bytes() for path in federation.iterdir()}
+    before = {path: path.read_bytes() for path in federation.rglob("*") if path.is_file()}
     with pytest.raises(KeyExistsError, match="never overwritten"):
         invoke("server", "init", federation, "--name", "Another")
     (federation / "authority.key").rename(federation / "moved")
     with pytest.raises(KeyExistsError):
         invoke("server", "init", federation, "--name", "Another")
     (federation / "moved").rename(federation / "authority.key")
-    assert {path: path.read_bytes() for path in federation.iterdir()} == before
+    assert {path: path.read_bytes() for path in federation.rglob("*") if path.is_file()} == before
 
 
 def test_a_federation_with_a_bad_name_leaves_nothing(tmp_path: Path) -> None:

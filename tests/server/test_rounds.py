@@ -17,13 +17,12 @@ from common.config import ServerOptimizer
 from common.errors import CheckpointError, RoundError, StatusCode
 from common.features import FeatureCache
 from common.models import Part
-from common.plan import make_plan, resolve
+from common.plan import make_plan, plan_digest, resolve
 from common.secagg.errors import Exchange
 from server import checkpoint, rounds
 from server.record import RoundEvent, RunFolder
 from server.rounds import Job
 from simulations.engines import InlineGrid
-from simulations.fleet import plan_digest
 from tests.conftest import LABELS, World, moved
 
 Answer = Callable[[wire.TrainRequest], wire.Message | Error]

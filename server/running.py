@@ -1,0 +1,107 @@
+"""`confide server run`: SuperLink, SuperExec, the gate and the status page, side by side, and the keeper."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from common.identity import make_folder, read_private
+from common.supervise import PYTHON, Service, Supervisor, flower_environment, installed, stop_on_signals
+from server.deployed import FEDERATION
+from server.federation import FederationFolder, load_federation
+from server.jobs import write_fields
+from server.keeper import Keeper
+from server.settings import ServerSettings, load_server_settings
+from server.superlink import SuperLink
+from server.tls import TlsFolder
+
+_MAX_KEY_BYTES = 16 * 1024
+_KEEP_SECONDS = 2.0
+
+
+def services(folder: FederationFolder, settings: ServerSettings) -> list[Service]:
+    """In the order in which they start.
+
+    Raises:
+        MissingKeyError, ExposedKeyError: a secret is not as it must be.
+    """
+    files = TlsFolder(folder.tls)
+    for secret in (files.server_key, folder.superexec_secret):
+        read_private(secret, _MAX_KEY_BYTES)
+    make_folder(folder.flower)
+    local = settings.local
+    certificates = [
+        *("--ssl-certfile", str(files.server)),
+        *("--ssl-keyfile", str(files.server_key)),
+        *("--ssl-ca-certfile", str(files.authority)),
+    ]
+    # Without its own process and secret, anybody who reaches SuperLink could claim a ServerApp's task.
+    superlink = [
+        installed("flower-superlink"),
+        *("--host", "127.0.0.1", "--port", str(local.superlink_port)),
+        *certificates,
+        "--enable-supernode-auth",
+        *("--isolation", "process"),
+        *("--superexec-auth-secret-file", str(folder.superexec_secret)),
+        *("--database", str(folder.flower / "superlink.db")),
+        *("--health-server-address", f"127.0.0.1:{local.health_port}"),
+        "--disable-runtime-dependency-installation",
+    ]
+    superexec = [
+        installed("flower-superexec"),
+        *("--runtime-api-address", f"127.0.0.1:{local.superlink_port}"),
+        *("--root-certificates", str(files.authority)),
+        *("--superexec-auth-secret-file", str(folder.superexec_secret)),
+        *("--health-server-address", f"127.0.0.1:{local.superexec_health_port}"),
+    ]
+    own = [*PYTHON, "-m", "server.serve"]
+    environment = flower_environment(folder.flower) | {FEDERATION: str(folder.path)}
+    found = [
+        Service("superlink", superlink, folder.flower, environment),
+        Service("superexec", superexec, folder.flower, environment),
+        Service("status", [*own, "status", str(folder.path)], folder.flower, environment),
+    ]
+    if settings.gate.embedded:
+        found.append(Service("gate", [*own, "gate", str(folder.path)], folder.flower, environment))
+    return found
+
+
+def run_server(path: Path) -> None:
+    """Until a signal ends it.
+
+    Raises:
+        ConfigError, PrivacyError: a setting or a secret is not as it must be. FederationError: it runs.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("confide").setLevel(logging.INFO)
+    os.umask(0o077)  # Flower's database and everything else here is the operator's alone
+    folder = FederationFolder(path.resolve())
+    name = load_federation(folder).federation
+    settings = load_server_settings(folder.settings)
+    with folder.serving():
+        supervisor = Supervisor(services(folder, settings), folder.logs)
+        superlink = SuperLink(f"127.0.0.1:{settings.local.superlink_port}", TlsFolder(folder.tls).authority)
+        keeper = Keeper(folder, superlink)
+        due = 0.0
+        written: dict[str, object] = {}
+
+        def tick() -> None:
+            nonlocal due, written
+            now = {"pid": os.getpid(), "pids": supervisor.pids(), "restarts": supervisor.restarts()}
+            if now != written:
+                write_fields(folder.serving_file, now)
+                written = now
+            if time.monotonic() >= due:
+                keeper.look()
+                due = time.monotonic() + _KEEP_SECONDS
+
+        gate, local = settings.gate, settings.local
+        print(
+            f"{name}: sites on port {gate.port}; status on http://127.0.0.1:{local.status_port}", flush=True
+        )
+        try:
+            supervisor.run(stop_on_signals(), tick, superlink.close)
+        finally:
+            folder.serving_file.unlink(missing_ok=True)
