@@ -117,6 +117,7 @@ def enroll(
         f"fingerprint: {_finger(member.public)} (compare it with what the site's people read out)",
         f"roster: {place.roster}, version {roster.version}, {_count(roster)}",
         f"next: make the site's kit with confide server kit {federation} {member.id}, and send it;",
+        f"      read its people the authority's fingerprint: {_finger(roster.authority)}",
         "      sites that have joined take the new roster from a new kit, or with confide client pin",
     )
 
