@@ -10,7 +10,7 @@ from client.identity import SiteFolder, load_pinned
 from client.join import load_server
 from client.settings import load_settings
 from common.identity import read_private
-from common.supervise import PYTHON, Service, Supervisor, flower_environment, installed, stop_on_signals
+from common.supervise import PYTHON, Service, Supervisor, flower_environment, stop_on_signals
 
 _MAX_KEY_BYTES = 16 * 1024
 
@@ -25,13 +25,13 @@ def services(
     """
     server = load_server(folder)
     load_pinned(folder)
-    load_settings(folder.settings)
+    poll = load_settings(folder.settings).machine.poll_seconds
     load_secret(folder)
     read_private(folder.node_key, _MAX_KEY_BYTES)
     home = folder.path / "flwr"
     home.mkdir(mode=0o700, exist_ok=True)
     node = [
-        installed("flower-supernode"),
+        *(*PYTHON, "-m", "client.node", str(poll)),
         *("--superlink", server.address),
         *("--root-certificates", str(folder.authority_tls)),
         *("--auth-supernode-private-key", str(folder.node_key)),

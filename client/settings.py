@@ -37,6 +37,9 @@ class SiteData(_Section):
 class Machine(_Section):
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: Annotated[int, Field(strict=True, ge=0)] = 0  # of torch; 0: all cores
+    poll_seconds: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = (
+        1.0  # between questions to the server whether there is work
+    )
 
 
 class SiteSettings(_Section):
@@ -49,7 +52,7 @@ class SiteSettings(_Section):
         if own.get("label") == "":
             own["label"] = None
         data: DataSection = config.data.model_copy(update=own)
-        run = config.run.model_copy(update=self.machine.model_dump())
+        run = config.run.model_copy(update=self.machine.model_dump(exclude={"poll_seconds"}))
         return config.model_copy(update={"data": data, "run": run})
 
 
@@ -65,6 +68,7 @@ train = "records.jsonl"       # csv, tsv, jsonl, parquet or a `datasets` folder;
 [machine]
 device = "auto"               # auto, cpu, cuda, cuda:1
 threads = 0                   # of torch; 0: all cores
+poll_seconds = 1.0            # between questions to the server whether there is work
 """
 
 

@@ -176,8 +176,8 @@ def screen(found: ServerStatus, clock: Callable[[], float] = time.time) -> Group
             site.node,
             f"[{colour}]{escape(fate)}[/]",
             str(site.rounds),
-            _size(site.bytes_up),
-            _size(site.bytes_down),
+            size(site.bytes_up),
+            size(site.bytes_down),
             f"{site.receipts:,}",
         )
     jobs = Table(title="Jobs", title_justify="left")
@@ -208,5 +208,5 @@ def refusals(found: ServerStatus) -> Counter[str]:
     )
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
