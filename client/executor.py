@@ -158,7 +158,7 @@ def claim(claimer: RuntimeHttpClient) -> tuple[Task | None, str]:
 def work(node: Node, task: Task, token: str, worksites: Worksites) -> None:
     """One task: its message in, the site's answer out."""
     runtime = node.worker(token)
-    beats = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
+    beats = HeartbeatSender(_heartbeat(runtime))
     beats.start()
     status, context = SubStatus.FAILED, None
     try:
@@ -175,6 +175,19 @@ def work(node: Node, task: Task, token: str, worksites: Worksites) -> None:
         if beats.is_running:
             beats.stop()
         runtime.close()
+
+
+def _heartbeat(runtime: RuntimeHttpClient) -> Callable[[], bool]:
+    """One that fails is tried again: only a node that hears none for long gives the task up."""
+    beat = make_task_heartbeat_fn_http(runtime)
+
+    def once() -> bool:
+        try:
+            return bool(beat())
+        except (httpx.HTTPError, OSError):
+            return False
+
+    return once
 
 
 def answer(message: Message, context: Context, fab: Fab, task: Task, worksites: Worksites) -> Message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 
 import httpx
@@ -46,7 +47,13 @@ _RETURNED = frozenset({"content-type", "content-length"})
 def make_gate(superlink: str, authority: Path, longest: int) -> Starlette:
     """The ASGI app. superlink: its https address on this machine; longest: bytes of one request."""
     context = ssl.create_default_context(cafile=str(authority))
-    client = httpx.AsyncClient(verify=context, timeout=httpx.Timeout(60.0, connect=5.0), base_url=superlink)
+    client = httpx.AsyncClient(
+        verify=context,
+        timeout=httpx.Timeout(60.0, connect=5.0),
+        base_url=superlink,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # what one site gets, no other sends
+        trust_env=False,
+    )
 
     async def hand_over(request: Request) -> Response:
         said = request.headers.get("content-length", "")

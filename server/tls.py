@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397
 _LOCAL = ("localhost", "127.0.0.1")  # gate and SuperLink speak over the loopback
 _MAX_PEM_BYTES = 16 * 1024
+_HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 _EARLY = datetime.timedelta(hours=1)  # clocks differ
 
 
@@ -189,10 +191,9 @@ def _general(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host.encode("idna").decode("ascii"))
-    except (UnicodeError, ValueError):
-        raise ConfigError(f"{host[:80]!r} is neither a host name nor an address") from None
+    if len(host) > 253 or not _HOST.fullmatch(host):
+        raise ConfigError(f"{ascii(host)[:80]} is neither a host name nor an address")
+    return x509.DNSName(host)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
