@@ -110,9 +110,8 @@ class World:
 def world(tmp_path: Path) -> World:
     folder = FederationFolder(tmp_path / "federation")
     create_federation(folder, "Heart study", os.urandom)
-    create_serving(
-        folder, "Heart study", ["localhost"], 9092, os.urandom, datetime.datetime.now(datetime.UTC)
-    )
+    now = datetime.datetime.now(datetime.UTC)
+    create_serving(folder, "Heart study", ["localhost"], 9092, os.urandom, now)
     for name in ("north", "south", "west"):
         place = SiteFolder(tmp_path / name)
         create_site(place, name, os.urandom, None, deployed=True)

@@ -1,0 +1,250 @@
+"""A server and three sites as processes: TLS, node authentication, secure aggregation, ledgers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.identity import SiteFolder, load_local_key
+from server.receipts import read_receipts
+from tests.e2e.cluster import charges, children, kill, named, tiny_cluster, until
+
+pytestmark = pytest.mark.timeout(900)
+ROLES = ("flower-superlink", "flower-superexec", "flwr-serverapp", "client.node", "execute")
+SECRETS = ("identity.pem", "local.key", "node.key", "executor.key", "authority.key", "ca.key", "server.key")
+
+
+def rounds_of(cluster: Any, job: str) -> list[dict[str, Any]]:
+    path = cluster.job(job) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["kind"] == "round"]
+
+
+def check_end(cluster: Any, job: str, rounds: int, sites: int = 3) -> None:
+    """What holds however the job went: each round counted once, each site charged at most once a round."""
+    events = rounds_of(cluster, job)
+    assert [event["round"] for event in events] == sorted({event["round"] for event in events})
+    assert events[-1]["round"] == rounds
+    for number in range(1, sites + 1):
+        found = charges(cluster, number)
+        assert set(found.values()) <= {1}, found
+        assert set(found) <= set(range(1, rounds + 1))
+    receipts = {head.site: head.seq for head in read_receipts(cluster.server / "receipts.jsonl")}
+    assert set(receipts) == set(range(1, sites + 1))
+
+
+def test_a_job_over_three_sites(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    with tiny_cluster(tmp_path / "c", bert_folder, data_file) as (cluster, job):
+        cluster.start_all()
+        summary = cluster.wait(job, 400)
+        assert summary["rounds_without_sum"] == 0
+        assert summary["private"] and summary["secure_aggregation"]
+        assert summary["epsilon_rdp_max"] <= 8
+        check_end(cluster, job, 2)
+        status = cluster.status()
+        assert status["serving"] is True
+        assert [site["node"] for site in status["sites"]] == ["online"] * 3
+        assert [site["rounds"] for site in status["sites"]] == [2, 2, 2]
+        assert [found["standing"] for found in status["jobs"]] == ["done"]
+        _only_what_is_documented_listens(cluster)
+        _page_and_health(cluster)
+        _nothing_secret_is_told(cluster)
+        # The adapter loads with plain peft, and the auditor finds every site's ledger in order.
+        said = cluster.confide("predict", cluster.job(job) / "adapter", "w1 good", "--json")
+        assert json.loads(said)["label"] in ("bad", "good")
+        for number in (1, 2, 3):
+            out = cluster.folder / f"{number}.export"
+            cluster.confide("client", "export", cluster.site(number), out)
+            cluster.confide("audit", "ledger", out)
+        for number in range(4):
+            assert cluster.stop(number) == 0
+        stages = [json.loads(line) for line in (cluster.job(job) / "stages.jsonl").read_text().splitlines()]
+        times = [b["at"] - a["at"] for a, b in itertools.pairwise(stages) if a["round"] == b["round"]]
+        print(f"exchange: median {statistics.median(times):.2f} s of {len(times)}")
+
+
+def _only_what_is_documented_listens(cluster: Any) -> None:
+    if not cluster.network.namespaces:
+        pytest.skip("without namespaces other programs listen too")
+    listening: dict[int, set[str]] = {}
+    for number in range(4):
+        inside = cluster.network.inside(number)
+        done = subprocess.run([*inside, "ss", "-Hltn"], capture_output=True, text=True, check=True)
+        listening[number] = {
+            line.split()[3].replace("[::ffff:127.0.0.1]", "127.0.0.1") for line in done.stdout.splitlines()
+        }
+    assert listening[0] == {"0.0.0.0:9092", *(f"127.0.0.1:{port}" for port in (9093, 9094, 9095, 9096))}
+    for number in (1, 2, 3):
+        assert listening[number] == {"127.0.0.1:9194", "127.0.0.1:9195"}
+
+
+def _page_and_health(cluster: Any) -> None:
+    inside = cluster.network.inside(0)
+
+    def get(path: str, *more: str) -> str:
+        command = [*inside, "curl", "-s", "-m", "10", *more, f"http://127.0.0.1:9096{path}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "<h1>cluster</h1>" in get("/")
+    assert get("/health") == "ok"
+    assert json.loads(get("/status.json"))["federation"] == "cluster"
+    assert re.search(r'confide_site_online\{site="1"\} 1\.0', get("/metrics"))
+    assert "Invalid host" in get("/", "-H", "Host: evil.example")
+    assert "Method Not Allowed" in get("/", "-X", "POST")
+
+
+def _nothing_secret_is_told(cluster: Any) -> None:
+    """Modes of secrets; and neither their bytes nor passphrases in any log or command line."""
+    needles: list[bytes] = []
+    for path in cluster.folder.rglob("*"):
+        if path.name in SECRETS or path.name == "superexec.key":
+            assert path.stat().st_mode & 0o777 == 0o600, path
+            data = path.read_bytes()
+            needles += (
+                [data, data.hex().encode()] if not data.startswith(b"-----") else [data.split(b"\n")[1]]
+            )
+    for number in (1, 2, 3):
+        key = load_local_key(SiteFolder(cluster.site(number)).local_key).reveal()
+        needles += [key, key.hex().encode()]
+    told = [
+        p for p in cluster.folder.rglob("*") if p.suffix in (".jsonl", ".out", ".log") or p.name == "site.log"
+    ]
+    assert told
+    for path in told:
+        data = path.read_bytes()
+        assert not [n for n in needles if n in data], path
+    for process in cluster.processes.values():
+        for one in children(process.pid):
+            line = Path(f"/proc/{one}/cmdline").read_bytes()
+            assert not [n for n in needles if n in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("moment", ["training", "mask"])
+def test_killing_a_process_loses_nothing(
+    role: str, moment: str, bert_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """kill -9 in the middle of a round; everything else goes on, and the supervisor starts it again."""
+    with tiny_cluster(tmp_path / "c", bert_folder, data_file, rounds=3, deadline=20) as (cluster, job):
+        cluster.start_all()
+        until(lambda: len(rounds_of(cluster, job)) >= 2, 240, "the first round")
+
+        def stage() -> str:
+            try:
+                return str(json.loads((cluster.job(job) / "progress.json").read_text())["stage"])
+            except (OSError, ValueError):
+                return ""
+
+        end = time.monotonic() + 60
+        while stage() != moment and time.monotonic() < end:
+            time.sleep(0.05)
+        victims = [one for p in cluster.processes.values() for one in named(p.pid, role)]
+        assert victims, role
+        kill(victims[0])
+        cluster.wait(job, 500)
+        check_end(cluster, job, 3)
+
+
+@pytest.mark.slow
+def test_killing_everything_and_starting_again_goes_on(
+    bert_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with tiny_cluster(tmp_path / "c", bert_folder, data_file, rounds=3, deadline=20) as (cluster, job):
+        cluster.start_all()
+        until(lambda: len(rounds_of(cluster, job)) >= 2, 240, "the first round")
+        for number, process in list(cluster.processes.items()):
+            for one in children(process.pid):
+                kill(one)
+            process.wait(20)
+            del cluster.processes[number]
+        cluster.start_all()
+        cluster.wait(job, 500)
+        check_end(cluster, job, 3)
+
+
+@pytest.mark.slow
+def test_a_site_that_was_away_comes_back_and_one_that_never_approved_is_waited_for(
+    bert_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with tiny_cluster(tmp_path / "c", bert_folder, data_file, rounds=2, deadline=20) as (cluster, job):
+        bundle = cluster.job(job) / "job.fab"
+        (cluster.site(3) / "policy.toml").write_text("")  # nobody at site 3 has approved anything
+        cluster.start_all()
+        until(lambda: bool(_absent(cluster, job)), 240, "a roll call")
+        assert _absent(cluster, job) == {"3": "refused-policy"}
+        assert (cluster.site(3) / "bundles" / "pending.fab").read_bytes() == bundle.read_bytes()
+        cluster.stop(2)
+        cluster.confide("client", "approve", cluster.site(3), "--yes", "--widen")
+        time.sleep(5)
+        cluster.start(2)
+        cluster.wait(job, 500)
+        check_end(cluster, job, 2)
+
+
+def _absent(cluster: Any, job: str) -> dict[str, str]:
+    try:
+        found = json.loads((cluster.job(job) / "progress.json").read_text())["absent"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return dict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_chaos(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Seeded schedules of kills, pauses, cuts and slow links: each ends done, with nothing counted or charged
+    twice. CONFIDE_CHAOS says how many."""
+    for seed in range(int(os.environ.get("CONFIDE_CHAOS", "3"))):
+        rng = random.Random(seed)
+        with tiny_cluster(tmp_path / f"c{seed}", bert_folder, data_file, rounds=3, deadline=15) as (
+            cluster,
+            job,
+        ):
+            cluster.start_all()
+            until(lambda c=cluster, j=job: bool(rounds_of(c, j)), 240, "the start")
+            for _ in range(rng.randint(3, 6)):
+                _upset(rng, cluster)
+                time.sleep(rng.uniform(0.5, 8))
+            _calm(cluster)
+            cluster.wait(job, 600)
+            check_end(cluster, job, 3)
+
+
+def _upset(rng: random.Random, cluster: Any) -> None:
+    number = rng.randint(1, cluster.sites)
+    kinds = ["kill", "kill", "pause"] + (["cut", "slow"] if cluster.network.namespaces else [])
+    match rng.choice(kinds):
+        case "kill":
+            role = rng.choice(ROLES)
+            victims = [one for p in cluster.processes.values() for one in named(p.pid, role)]
+            if victims:
+                kill(rng.choice(victims))
+        case "pause":
+            victims = [one for p in cluster.processes.values() for one in children(p.pid)]
+            victim = rng.choice(victims)
+            subprocess.run(["kill", "-STOP", str(victim)], check=False)
+            time.sleep(rng.uniform(1, 10))
+            subprocess.run(["kill", "-CONT", str(victim)], check=False)
+        case "cut":
+            cluster.network.cut(number, True)
+            time.sleep(rng.uniform(1, 10))
+            cluster.network.cut(number, False)
+        case "slow":
+            cluster.network.slow(number, rng.choice([50, 300, 1000]), rng.choice([0.0, 0.02]))
+
+
+def _calm(cluster: Any) -> None:
+    if cluster.network.namespaces:
+        for number in range(1, cluster.sites + 1):
+            cluster.network.slow(number, 0)
