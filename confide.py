@@ -32,6 +32,7 @@ app.command()(cli.report)
 app.command()(plan_cli.plan)
 app.command()(use_cli.predict)
 app.command()(use_cli.ask)
+app.command()(use_cli.export)
 app.command()(doctor.doctor)
 app.add_typer(client_cli.app, name="client")
 app.add_typer(server_cli.app, name="server")
@@ -71,6 +72,7 @@ def settle_environment() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONWARNINGS": "ignore",  # of processes that Ray starts
     }.items():

@@ -13,7 +13,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CHRF_ORDER = 6  # character n-grams up to this length
 _CHRF_BETA = 2  # recall weighs twice as much as precision
-_BLEU = BLEU(effective_order=True)  # counts the same as of a corpus; only its unused score of one text differs
+_BLEU = BLEU(
+    effective_order=True
+)  # counts the same as of a corpus; only its unused score of one text differs
 _BLEU_ORDER = 4
 
 Entity = tuple[str, int, int]  # type, first word, last word
@@ -83,8 +85,8 @@ def bleu_sums(found: str, wanted: str) -> list[int]:
 
 
 def bleu(sums: Sequence[float]) -> float:
-    """BLEU (Papineni et al. 2002) of a corpus, 0 to 100, with sacrebleu's tokenisation and smoothing, from the
-    sums of its records."""
+    """BLEU (Papineni et al. 2002) of a corpus, 0 to 100, from the sums of its records; tokens and smoothing
+    are sacrebleu's."""
     whole = [int(n) for n in sums]
     score: float = BLEU.compute_bleu(
         correct=whole[:_BLEU_ORDER],
