@@ -17,7 +17,7 @@ from rich.markup import escape
 from client import cli as client_cli
 from common.errors import ConfideError
 from server import cli as server_cli
-from simulations import audit_cli, cli, doctor, plan_cli, use_cli
+from simulations import audit_cli, cli, doctor, plan_cli, serve_cli, use_cli
 
 app = typer.Typer(
     name="confide",
@@ -32,6 +32,7 @@ app.command()(cli.report)
 app.command()(plan_cli.plan)
 app.command()(use_cli.predict)
 app.command()(use_cli.ask)
+app.command()(serve_cli.serve)
 app.command()(use_cli.export)
 app.command()(doctor.doctor)
 app.add_typer(client_cli.app, name="client")

@@ -99,6 +99,8 @@ def _write_whole(predictor: Predictor, form: Form, folder: Path) -> float:
         raise ModelError(f"{described.folder} holds no adapter")
     base: Any = model.peft.merge_and_unload()
     _name_labels(base.config, described)
+    if getattr(base, "hf_quantizer", None) is not None:
+        base.hf_quantizer.remove_quantization_config(base)  # of a GGUF base, whose weights are 32-bit by now
     if form is Form.GGUF:
         gguf_base = described.base.gguf_file
         tokenizer_of = (

@@ -189,6 +189,9 @@ def test_gguf_reads_back_as_the_adapter(bpe_folder: Path, data_file: Path, tmp_p
     )
     second = tiny_model(again)
     release(adapter(second, again, tmp_path / "adapter2"), tmp_path / "out2", Form.GGUF)
+    release(tmp_path / "adapter2", tmp_path / "merged2", Form.MERGED)
+    open_as_an_outsider(tmp_path / "merged2")
+    assert agrees(second, tmp_path / "merged2")
     copied = gguf.GGUFReader(str(tmp_path / "out2" / "model.gguf")).fields
     for name in fields:
         if name.startswith("tokenizer."):
