@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.prediction import Predictor
 from common.speaking import Draw, Said, chat_ids, question_ids, speak
-from simulations.service_line import Line, ServiceError, bad_request, shutting_down
+from simulations.service_line import Line, ServiceError, Words, bad_request, shutting_down
 
 
 class _Request(BaseModel):
@@ -24,12 +24,12 @@ class _Request(BaseModel):
 
 class TextPart(_Request):
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Words | list[TextPart]
 
     @property
     def turn(self) -> dict[str, str]:
@@ -52,7 +52,7 @@ class ChatRequest(_Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=256)
+    stop: Words | list[Words] | None = Field(None, max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=1)

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
 
 T = TypeVar("T")
 
@@ -28,6 +30,15 @@ def bad_request(message: str, *, code: str = "invalid_request", param: str | Non
 
 def shutting_down() -> ServiceError:
     return ServiceError(503, "shutting_down", "the service is being shut down: ask again later")
+
+
+def _whole(text: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("half of a surrogate pair is no character")
+    return text
+
+
+Words = Annotated[str, AfterValidator(_whole)]  # text of a caller's that a tokenizer can read
 
 
 class Line:

@@ -24,6 +24,7 @@ button { font: inherit; font-weight: 600; padding: 8px 18px; border-radius: 6px;
 button.second { background: transparent; color: var(--first); }
 button:disabled { opacity: .45; cursor: default; }
 .row { display: flex; flex-wrap: wrap; gap: 10px; margin-top: 12px; align-items: center; }
+.fields p { margin: 0; }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0 16px; }
 .turn { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 10px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -91,7 +92,7 @@ def page(about: About) -> Page:
         html = html.replace(f"[[{name}]]", value)
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src 'unsafe-inline'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return Page(html, policy)
 
@@ -121,7 +122,7 @@ def _chat(about: About) -> str:
     return f"""{alone}<label for="text">Question</label>
 <textarea id="text" rows="3" required></textarea>
 <details><summary>How it answers</summary><div class="fields">
-<p><label for="temperature">Temperature (0: likeliest)</label>
+<p><label for="temperature">Temperature</label>
 <input id="temperature" type="number" min="0" max="2" step="0.1" value="0"></p>
 <p><label for="longest">Tokens at most</label>
 <input id="longest" type="number" min="1" max="{about.longest}" value="{min(200, about.longest)}"></p>

@@ -17,7 +17,7 @@ from common.errors import ConfideError
 from common.images import image_text
 from common.prediction import Predictor
 from common.tables import Table
-from simulations.service_line import Line, bad_request, shutting_down
+from simulations.service_line import Line, Words, bad_request, shutting_down
 
 MOST = 256  # records in one request
 _MOST_PIXELS = 50_000_000
@@ -29,8 +29,8 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    text: str | None = None
-    prompt: str | None = None
+    text: Words | None = None
+    prompt: Words | None = None
     image: str | None = None
 
 

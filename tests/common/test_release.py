@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common import release as release_module
 from common.adapter import write_vector
@@ -26,7 +24,7 @@ from common.models import AdaptedModel
 from common.prediction import open_adapter
 from common.release import release
 from common.tasks import collate
-from tests.conftest import KINDS, WORDS, World, moved, tiny_config, tiny_model
+from tests.conftest import KINDS, World, moved, tiny_config, tiny_model
 
 Worlds = Callable[..., World]
 CLAIM = PrivacyClaim(2.94321, 2.5, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
@@ -89,34 +87,6 @@ def agrees(model: AdaptedModel, folder: Path) -> bool:
         wanted = {"logits": output} if isinstance(output, torch.Tensor) else output
         names = [n for n in found.files if "logits" in n]
         return bool(names) and all(np.allclose(found[n], wanted[n].numpy(), atol=1e-4) for n in names)
-
-
-@pytest.fixture(scope="module")
-def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama whose tokenizer pairs bytes, as those of Llama 3 and SmolLM do."""
-    folder = tmp_path_factory.mktemp("bpe")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}is"
-    fast.save_pretrained(str(folder))
-    config = LlamaConfig(
-        vocab_size=len(fast) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, initializer_range=0.2,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        LlamaForCausalLM(config).save_pretrained(str(folder))
-    return folder
 
 
 def test_every_merged_model_opens_without_peft_and_us(world: Worlds, tmp_path: Path) -> None:
