@@ -17,7 +17,7 @@ from rich.markup import escape
 from client import cli as client_cli
 from common.errors import ConfideError
 from server import cli as server_cli
-from simulations import audit_cli, cli, doctor, plan_cli, serve_cli, use_cli
+from simulations import audit_cli, cli, compare_cli, doctor, plan_cli, serve_cli, use_cli
 
 app = typer.Typer(
     name="confide",
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 app.command()(cli.simulate)
 app.command()(cli.report)
+app.command()(compare_cli.compare)
 app.command()(plan_cli.plan)
 app.command()(use_cli.predict)
 app.command()(use_cli.ask)

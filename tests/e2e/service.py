@@ -12,7 +12,18 @@ from pathlib import Path
 
 import httpx
 
+from common.config import RunConfig
+from common.export import PrivacyClaim, export_adapter
+from common.models import AdaptedModel
+from tests.conftest import moved
 from tests.e2e.command import ROOT, command
+
+CLAIM = PrivacyClaim(1.0, 1.0, 1e-5, secure_aggregation=True, read_from_data=(), repeatable_noise=False)
+
+
+def adapter(model: AdaptedModel, config: RunConfig, folder: Path) -> Path:
+    export_adapter(model, moved(model), config, CLAIM, folder)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +18,15 @@ import pytest
 from PIL import Image
 
 from common.errors import ConfigError, ModelError
-from common.export import PrivacyClaim, export_adapter
 from common.exported import Form
-from common.models import AdaptedModel
 from common.release import release
-from tests.conftest import LABELS, World, moved, tiny_config, tiny_model
+from tests.conftest import LABELS, World
 from tests.e2e.command import invoke
-from tests.e2e.service import Service, serving
+from tests.e2e.service import CLAIM, Service, adapter, serving
 
 Worlds = Callable[..., World]
-CLAIM = PrivacyClaim(1.0, 1.0, 1e-5, secure_aggregation=True, read_from_data=(), repeatable_noise=False)
 CHAT, MARK = "/v1/chat/completions", "Zebra-4711"
 LONG = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 4000}
-
-
-def adapter(model: AdaptedModel, config: Any, folder: Path) -> Path:
-    export_adapter(model, moved(model), config, CLAIM, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def talker(bpe_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(bpe_folder, data_file, task={"kind": "causal-lm"})
-    return adapter(tiny_model(config), config, tmp_path_factory.mktemp("run") / "adapter")
-
-
-@pytest.fixture(scope="module")
-def chat(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    log = tmp_path_factory.mktemp("chat") / "log"
-    with serving(talker, log, "--waiting", "1", "--max-tokens", "4000", "--max-megabytes", "1") as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def judge(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    this, folder = world("bert-mean"), tmp_path_factory.mktemp("judge")
-    with serving(adapter(this.model, this.config, folder / "adapter"), folder / "log") as service:
-        yield service
 
 
 def streamed(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
