@@ -17,7 +17,7 @@ from rich.markup import escape
 from client import cli as client_cli
 from common.errors import ConfideError
 from server import cli as server_cli
-from simulations import audit_cli, cli, doctor, plan_cli, use_cli
+from simulations import audit_cli, cli, compare_cli, doctor, plan_cli, serve_cli, use_cli
 
 app = typer.Typer(
     name="confide",
@@ -29,9 +29,12 @@ app = typer.Typer(
 
 app.command()(cli.simulate)
 app.command()(cli.report)
+app.command()(compare_cli.compare)
 app.command()(plan_cli.plan)
 app.command()(use_cli.predict)
 app.command()(use_cli.ask)
+app.command()(serve_cli.serve)
+app.command()(use_cli.export)
 app.command()(doctor.doctor)
 app.add_typer(client_cli.app, name="client")
 app.add_typer(server_cli.app, name="server")
@@ -71,6 +74,7 @@ def settle_environment() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONWARNINGS": "ignore",  # of processes that Ray starts
     }.items():

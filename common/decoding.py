@@ -12,7 +12,7 @@ from common.adapter import Vector, write_vector
 from common.config import TaskKind
 from common.examples import Examples, IntArray, Ragged
 from common.models import AdaptedModel
-from common.text_metrics import chrf, chrf_sums, exact, rouge_l
+from common.text_metrics import bleu, bleu_sums, chrf, chrf_sums, exact, rouge_l
 
 _MICRO_BATCH = 16
 
@@ -20,24 +20,26 @@ _MICRO_BATCH = 16
 def decoded_scores(
     model: AdaptedModel, vector: Vector, examples: Examples, indices: IntArray, longest: int
 ) -> dict[str, float]:
-    """Exact match, ROUGE-L and chrF of greedy answers of at most `longest` tokens; empty where the task
+    """Exact match, ROUGE-L, chrF and BLEU of greedy answers of at most `longest` tokens; empty where the task
     writes none."""
     questions, wanted = _questions(model, examples, indices)
     if not questions:
         return {}
     write_vector(model.parameters, model.layout, vector)
     matches = overlap = 0.0
-    characters = np.zeros(18)
+    characters, words = np.zeros(18), np.zeros(10)
     for start in range(0, len(questions), _MICRO_BATCH):
         part = slice(start, start + _MICRO_BATCH)
         for said, true in zip(greedy(model, questions[part], longest), wanted[part], strict=True):
             matches += exact(said, true)
             overlap += rouge_l(said, true)
             characters += chrf_sums(said, true)
+            words += bleu_sums(said, true)
     return {
         "exact match": matches / len(questions),
         "ROUGE-L": overlap / len(questions),
         "chrF": chrf(characters.tolist()),
+        "BLEU": bleu(words.tolist()),
         "answers written": float(len(questions)),
     }
 

@@ -8,7 +8,8 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class Needs:
-    """`auto`: the class of transformers with this kind's head; `peft`: as peft names the task."""
+    """`auto`: the class of transformers with this kind's head; `peft`: as peft names the task, None where
+    it has no name that will do."""
 
     auto: str
     peft: str | None
@@ -45,7 +46,9 @@ class TaskKind(Enum):
             case TaskKind.TOKEN_CLASSIFICATION:
                 return Needs("AutoModelForTokenClassification", "TOKEN_CLS", label=True, names=True)
             case TaskKind.QUESTION_ANSWERING:
-                return Needs("AutoModelForQuestionAnswering", "QUESTION_ANS", label=True, prompt=True)
+                # Not peft's QUESTION_ANS: that class keeps token types, which tell question and text apart,
+                # from the model, so the adapter merged into its base would answer otherwise.
+                return Needs("AutoModelForQuestionAnswering", None, label=True, prompt=True)
             case TaskKind.CAUSAL_LM:
                 return Needs("AutoModelForCausalLM", "CAUSAL_LM")
             case TaskKind.SEQ2SEQ:

@@ -17,7 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common.adapter import Layout
 from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
@@ -88,7 +94,7 @@ class AdaptedModel:
     """
 
     module: nn.Module
-    peft: PeftModel
+    peft: PeftModel | PreTrainedModel  # merged, there is no adapter any more
     tokenizer: PreTrainedTokenizerBase  # of images the image processor
     task: Task
     parameters: Mapping[str, nn.Parameter]
@@ -101,6 +107,12 @@ class AdaptedModel:
     @property
     def pad_id(self) -> int:
         return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model of transformers that the adapter is in."""
+        base: nn.Module = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
+        return base
 
     @property
     def head(self) -> nn.Linear | None:
@@ -127,7 +139,7 @@ class AdaptedModel:
         given = dict(inputs)
         labels = given.pop("labels", None)
         if labels is not None:
-            base: Any = self.peft.get_base_model()
+            base: Any = self.base
             given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
         output = self.module(**given)
         if isinstance(output, torch.Tensor):
@@ -322,7 +334,8 @@ def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, 
         lora_dropout=adapter.dropout,
         target_modules=list(_targets(base, adapter)),
         layers_to_transform=_layers(model_config, adapter),
-        modules_to_save=["classifier"] if kind is None else None,  # of a task that peft does not know
+        # peft finds the head itself where it knows the task.
+        modules_to_save=None if kind else [h for h in ("classifier", "qa_outputs") if hasattr(base, h)],
     )
     try:
         peft = get_peft_model(base, lora)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from common.config import Head, ModelSection, TaskKind, TaskSection
+from common.config import Head, TaskKind, TaskSection
 from common.decoding import greedy
 from common.errors import ModelError
+from common.exported import Description, Form, describe
 from common.models import (
     AdaptedModel,
     MeanPooledClassifier,
@@ -33,16 +35,26 @@ from common.text_metrics import entities
 
 @dataclass(frozen=True)
 class Predictor:
-    """An adapter on its base model, as it was exported."""
+    """What was trained, as it was exported."""
 
     model: AdaptedModel
-    section: TaskSection
-    max_length: int
-    pairs: bool  # it was trained on a prompt and a text
+    described: Description
+
+    @property
+    def section(self) -> TaskSection:
+        return self.described.section
 
     @property
     def kind(self) -> TaskKind:
         return self.section.kind
+
+    @property
+    def max_length(self) -> int:
+        return self.described.base.max_length
+
+    @property
+    def pairs(self) -> bool:
+        return self.described.pairs
 
     def __call__(self, table: Table, batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """The answer to each record, in order. The records' labels are not read.
@@ -91,62 +103,49 @@ class Predictor:
                 return {"answer": _stretch(self, table, i, logits[i : i + 1], one)}
 
 
-def open_adapter(folder: Path, device: str = "auto") -> Predictor:
-    """The adapter that a run exported.
+def open_adapter(path: Path, device: str = "auto") -> Predictor:
+    """What a run exported, or `confide export` made of it. `path`: that folder, or the run's.
 
     Raises:
         ModelError: the folder holds none, or its base model is not to be had.
     """
-    try:
-        told = json.loads((folder / "confide.json").read_text("utf-8"))
-        adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        kind, head = TaskKind(told["task"]), Head(told["head"])
-        bounds = told.get("range")
-        section = TaskSection(
-            kind=kind, labels=tuple(told["labels"]), range=None if bounds is None else tuple(bounds)
-        )
-        name = told.get("model") or adapter["base_model_name_or_path"]
-        base_section = ModelSection(name=name, gguf_file=told.get("gguf_file"), max_length=told["max_length"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder} is no adapter of a run ({type(error).__name__}): expected the folder `adapter` of "
-            "one, with confide.json and adapter_config.json"
-        ) from None
+    described = describe(path)
+    kind, section = described.kind, described.section
     task = make_task(kind, section.labels, section)
     place = pick_device(device)
-    peft, module = _load(folder, base_section, head, kind, task.outputs)
-    beside = base_section.model_copy(update={"name": str(folder), "gguf_file": None})
+    whole, module = _load(described, task.outputs)
+    beside = described.base.model_copy(update={"name": str(described.folder), "gguf_file": None})
     images = kind is TaskKind.IMAGE_CLASSIFICATION
     tokenizer = load_image_processor(beside) if images else load_tokenizer(beside)
-    base_config: Any = peft.get_base_model().config
+    module.eval().to(place)
+    model = AdaptedModel(module, whole, tokenizer, task, {}, place)
+    base_config: Any = model.base.config
     if not images and base_config.pad_token_id is None:
         base_config.pad_token_id = tokenizer.pad_token_id  # decoders that classify read the last real token
-    module.eval().to(place)
-    model = AdaptedModel(module, peft, tokenizer, task, {}, place)
-    return Predictor(model, section, base_section.max_length, bool(told.get("pairs", False)))
+    return Predictor(model, described)
 
 
-def _load(
-    folder: Path, section: ModelSection, head: Head, kind: TaskKind, outputs: int
-) -> tuple[PeftModel, torch.nn.Module]:
-    auto: Any = getattr(transformers, "AutoModel" if head is Head.MEAN else kind.needs.auto)
+def _load(described: Description, outputs: int) -> tuple[PeftModel | PreTrainedModel, torch.nn.Module]:
+    """The model that writes or reads, and what gives the logits: itself, or our head on it."""
+    section, folder, mean = described.base, described.folder, described.head is Head.MEAN
+    auto: Any = getattr(transformers, "AutoModel" if mean else described.kind.needs.auto)
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     if section.gguf_file:
         options["gguf_file"] = section.gguf_file
-    if outputs and head is not Head.MEAN:
+    if outputs and not mean:
         options["num_labels"] = outputs
     try:
         base = auto.from_pretrained(model_path(section.name), **options)
-        peft = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        whole = PeftModel.from_pretrained(base, str(folder)) if described.form is Form.PEFT else base
+        if not mean:
+            return whole, whole
+        module = MeanPooledClassifier(whole, base.config.hidden_size, outputs)
+        module.head.load_state_dict(load_file(folder / "head.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"cannot load {section.name} with the adapter in {folder}: {' '.join(str(error).split())[:300]}"
+            f"cannot load {section.name} with the weights in {folder}: {' '.join(str(error).split())[:300]}"
         ) from None
-    if head is not Head.MEAN:
-        return peft, peft
-    module = MeanPooledClassifier(peft, base.config.hidden_size, outputs)
-    module.head.load_state_dict(load_file(folder / "head.safetensors"))
-    return peft, module
+    return whole, module
 
 
 def _unlabelled(table: Table, section: TaskSection) -> Table:

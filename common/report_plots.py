@@ -121,8 +121,10 @@ def plot_curves(
     level: tuple[str, float] | None = None,
     steps: bool = False,
     log: bool = False,
+    from_zero: bool = True,
 ) -> str:
-    """Curves over any x. steps: each y holds until the next x. log: both axes; otherwise y begins at 0."""
+    """Curves over any x. steps: each y holds until the next x. log: both axes; otherwise y begins at 0,
+    unless from_zero says that it need not."""
 
     def draw(axes: Any) -> None:
         if level is not None:
@@ -140,7 +142,7 @@ def plot_curves(
             )
         if log:
             _log_axes(axes)
-        else:
+        elif from_zero:
             values = [y for curve in curves for y in curve.y]
             axes.set_ylim(0, max([*values, *([level[1]] if level else [])], default=1.0) * 1.08)
         _legend(axes)

@@ -7,10 +7,16 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from sacrebleu.metrics.bleu import BLEU
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CHRF_ORDER = 6  # character n-grams up to this length
 _CHRF_BETA = 2  # recall weighs twice as much as precision
+_BLEU = BLEU(
+    effective_order=True
+)  # counts the same as of a corpus; only its unused score of one text differs
+_BLEU_ORDER = 4
 
 Entity = tuple[str, int, int]  # type, first word, last word
 
@@ -69,6 +75,27 @@ def chrf(sums: Sequence[float]) -> float:
         return 0.0
     factor = _CHRF_BETA**2
     return 100 * (1 + factor) * precision * recall / (factor * precision + recall)
+
+
+def bleu_sums(found: str, wanted: str) -> list[int]:
+    """For n = 1 … 4: n-grams in both, then those found; words found, words wanted. Sums over records make
+    `bleu`."""
+    one = _BLEU.sentence_score(found, [wanted])
+    return [int(n) for n in (*one.counts, *one.totals, one.sys_len, one.ref_len)]
+
+
+def bleu(sums: Sequence[float]) -> float:
+    """BLEU (Papineni et al. 2002) of a corpus, 0 to 100, from the sums of its records; tokens and smoothing
+    are sacrebleu's."""
+    whole = [int(n) for n in sums]
+    score: float = BLEU.compute_bleu(
+        correct=whole[:_BLEU_ORDER],
+        total=whole[_BLEU_ORDER : 2 * _BLEU_ORDER],
+        sys_len=whole[-2],
+        ref_len=whole[-1],
+        smooth_method="exp",
+    ).score
+    return score
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:

@@ -1,4 +1,4 @@
-"""`confide predict` and `confide ask`: a trained adapter at work."""
+"""`confide predict`, `ask` and `export`: a trained adapter at work, or handed on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import ConfigError, DataError
+from common.exported import Form
 
 if TYPE_CHECKING:
     from common.prediction import Predictor
     from common.tables import Table
 
-Adapter = Annotated[Path, typer.Argument(help="The folder `adapter` of a run.")]
+Adapter = Annotated[Path, typer.Argument(help="A run's folder, its `adapter`, or what confide export wrote.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -90,6 +91,38 @@ def ask(
         if not line:
             return
         speaker.answer(line, sys.stdout)
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or its `adapter`.")
+    ],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.")],
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="peft: the adapter. merged: a whole model for transformers. gguf: one file for llama.cpp.",
+        ),
+    ] = Form.PEFT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Hand an adapter on: as it is, merged into its base model, or as one GGUF file.
+
+    A whole model is read back before it counts as written, and must give the adapter's own logits. Model
+    card and privacy statement go along.
+    """
+    from common.release import release
+
+    done = release(source, to, form)
+    if as_json:
+        told = {"folder": str(done.folder), "format": form.value, "logits_differ_by": done.difference}
+        print(json.dumps({**told, "privacy": done.privacy}, ensure_ascii=False))
+        return
+    print(done.folder)
+    if done.difference is not None:
+        print(f"read back: logits differ from the adapter's on its base by at most {done.difference:.1g}")
+    print(done.privacy)
 
 
 def _asked(

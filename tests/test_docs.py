@@ -16,6 +16,7 @@ from simulations.run import DEMO
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+USING = (ROOT / "docs" / "using.md").read_text("utf-8")
 TASKS = (ROOT / "docs" / "tasks.md").read_text("utf-8")
 
 
@@ -80,13 +81,14 @@ def test_commands_and_options_in_documents_exist() -> None:
     text = (
         CONFIGURATION
         + TASKS
+        + USING
         + (ROOT / "README.md").read_text("utf-8")
         + (ROOT / "docs" / "privacy.md").read_text()
     )
     known = CliRunner().invoke(confide.app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout
     for option in set(re.findall(r"confide simulate[^\n`]*?(--[a-z-]+)", text)):
         assert option in known, option
-    for name in ("predict", "ask"):
+    for name in ("predict", "ask", "export", "serve", "compare"):
         has = CliRunner().invoke(confide.app, [name, "--help"], env={"COLUMNS": "200"}).stdout
         for option in set(re.findall(rf"confide {name} [^\n`]*?(--[a-z-]+)", text)):
             assert option in has, option

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU, CHRF
 
-from common.text_metrics import chrf, chrf_sums, entities, exact, f1, rouge_l, word_f1
+from common.text_metrics import bleu, bleu_sums, chrf, chrf_sums, entities, exact, f1, rouge_l, word_f1
 
 VECTORS: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "vectors" / "text_metrics.json").read_text("utf-8")
@@ -44,6 +45,21 @@ def test_chrf_is_sacrebleu_s() -> None:
         total += sums
         assert chrf(sums) == pytest.approx(case["chrf"], abs=1e-6), case
     assert chrf(total.tolist()) == pytest.approx(VECTORS["chrf_of_all"], abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1, 40, 79])
+def test_sums_make_sacrebleu_s_bleu_and_chrf_of_a_corpus(first: int) -> None:
+    """Any part of the texts, added up record by record, is what sacrebleu says of that corpus."""
+    said, wanted = ([case[key] for case in VECTORS["texts"][first:]] for key in ("said", "wanted"))
+    words = np.sum([bleu_sums(a, b) for a, b in zip(said, wanted, strict=True)], axis=0)
+    letters = np.sum([chrf_sums(a, b) for a, b in zip(said, wanted, strict=True)], axis=0)
+    assert bleu(words.tolist()) == pytest.approx(BLEU().corpus_score(said, [wanted]).score, abs=1e-9)
+    assert chrf(letters.tolist()) == pytest.approx(CHRF().corpus_score(said, [wanted]).score, abs=1e-6)
+
+
+def test_bleu_of_what_says_nothing() -> None:
+    assert bleu(bleu_sums("", "")) == bleu(bleu_sums("", "a b")) == bleu(bleu_sums("a b", "")) == 0.0
+    assert bleu(bleu_sums("the cat sat on it", "the cat sat on it")) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

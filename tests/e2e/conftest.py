@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import World, tiny_config, tiny_model
+from tests.e2e.service import Service, adapter, serving
 
 
 @pytest.fixture
@@ -40,3 +44,23 @@ local_steps = 2
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def talker(bpe_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(bpe_folder, data_file, task={"kind": "causal-lm"})
+    return adapter(tiny_model(config), config, tmp_path_factory.mktemp("run") / "adapter")
+
+
+@pytest.fixture(scope="session")
+def chat(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    log = tmp_path_factory.mktemp("chat") / "log"
+    with serving(talker, log, "--waiting", "1", "--max-tokens", "4000", "--max-megabytes", "1") as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def judge(world: Callable[..., World], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    this, folder = world("bert-mean"), tmp_path_factory.mktemp("judge")
+    with serving(adapter(this.model, this.config, folder / "adapter"), folder / "log") as service:
+        yield service

@@ -116,7 +116,7 @@ def test_sequence_to_sequence(
     summary = simulate(tmp_path, {"t5": t5_folder, "mbart": mbart_folder}[kind], data_file, sections)
     assert summary["metric"] == "token accuracy"
     assert summary["accuracy_final"] > summary["accuracy_initial"]
-    assert {"perplexity", "exact match", "ROUGE-L", "chrF"} <= set(summary["scores_final"])
+    assert {"perplexity", "exact match", "ROUGE-L", "chrF", "BLEU"} <= set(summary["scores_final"])
 
 
 def test_questions_to_a_language_model(tmp_path: Path, llama_folder: Path, data_file: Path) -> None:
