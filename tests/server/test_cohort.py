@@ -212,6 +212,33 @@ def test_two_nodes_of_one_name_are_refused() -> None:
         cohort.roll_call(grid, 3.0, Clock())
 
 
+def test_a_node_in_another_s_name_takes_no_part() -> None:
+    """Deployed, a node is known by the key with which it was enrolled, whatever it says."""
+    grid = FakeGrid(
+        {
+            30: says(wire.Hello(2)),
+            10: says(wire.Hello(2)),  # it was enrolled as site 7
+            20: silent,
+            40: fails(1),
+            50: says(wire.Refusal(0, StatusCode.REFUSED_POLICY)),
+            60: says(update(5)),
+            70: says(wire.Hello(9)),  # enrolled as nobody: not asked
+        }
+    )
+    absent: dict[int, str] = {}
+    names = {30: 2, 10: 7, 20: 3, 40: 4, 50: 5, 60: 6}
+    found = cohort.roll_call(grid, 3.0, Clock(), names=names, absent=absent.__setitem__)
+    assert found == {2: 30}
+    assert absent == {
+        7: cohort.IMPOSTOR,
+        3: "deadline",
+        4: "transport-1",
+        5: "refused-policy",
+        6: cohort.MALFORMED,
+    }
+    assert {message.metadata.dst_node_id for message in grid.sent} == names.keys()
+
+
 class TestSampling:
     SITES = (9, 3, 5, 1, 7, 2, 8, 4, 6, 10)
 

@@ -323,3 +323,46 @@ def test_a_crash_between_record_and_checkpoint_repeats_the_round(
     assert other.run().adapter.tobytes() == expected.adapter.tobytes()
     assert [e.round for e in other.job.folder.rounds()] == [0, 1, 2]
     assert len(other.job.folder.site_rounds()) == 2 * SITES
+
+
+# Deployed sites come and go
+
+
+def test_a_deployed_run_waits_for_enough_sites_and_calls_who_is_new(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = federation()
+    live = [{1: 1}, {1: 1, 2: 2}, {1: 1, 2: 2}, {1: 1, 2: 2, 3: 3}]
+    calls: list[list[int]] = []
+
+    def names(grid: object) -> dict[int, int]:
+        now = live[0] if len(live) == 1 else live.pop(0)
+        # Site 4 comes when round 1 is over.
+        return now | ({4: 4} if run.watch.events and run.watch.events[-1].round >= 1 else {})
+
+    monkeypatch.setattr(rounds, "_WAIT_SECONDS", 0.0)
+    run.job = dataclasses.replace(run.job, names=names, called=lambda present, absent: calls.append(present))
+    end = run.run()
+    assert end.round == 2
+    assert [sorted(node for node, r in run.asked if r.round == number) for number in (1, 2)] == [
+        [1, 2, 3],
+        [1, 2, 3, 4],
+    ]
+    assert calls[-2:] == [[1, 2, 3], [1, 2, 3, 4]]
+    assert [1, 2] in calls  # too few: the run waited
+
+
+def test_when_every_site_has_answered_a_round_before_the_run_goes_on(
+    federation: Callable[..., Federation],
+) -> None:
+    """A server that was killed after a round's uploads asks again: no site computes it twice."""
+    run = federation(give_up_after=0)
+    for site in range(1, SITES + 1):
+        good = run.answers[site]
+        run.answers[site] = lambda request, site=site, good=good: (
+            wire.Refusal(site, StatusCode.REFUSED_REPEAT) if request.round == 1 else good(request)
+        )
+    end = run.run()
+    assert end.round == 2
+    assert [event.counted for event in run.job.folder.rounds()] == [True, False, True]
+    assert [s.events for s in run.job.folder.site_rounds() if s.round == 1] == [[]] * SITES
