@@ -35,6 +35,7 @@ app.command()(look_cli.serve)
 app.command()(deploy_cli.join)
 app.command()(deploy_cli.approve)
 app.command()(deploy_cli.run)
+app.command()(deploy_cli.health)
 app.command(hidden=True)(deploy_cli.execute)
 
 

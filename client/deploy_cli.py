@@ -149,6 +149,18 @@ def run(
     run_site(folder, port, health_port, passphrase_file)
 
 
+def health(
+    health_port: Annotated[int, typer.Option(help="As of confide client run.")] = 9195,
+) -> None:
+    """Whether this site's node serves, by the gRPC health protocol: for probes. Exit code 1: it does not."""
+    from common.health import is_serving
+
+    well = is_serving(health_port)
+    say("serving" if well else "not serving")
+    if not well:
+        raise typer.Exit(1)
+
+
 def execute(
     folder: Folder,
     port: NodePort = 9194,

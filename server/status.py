@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfideError
+from common.health import is_serving
 from server.federation import FederationFolder, load_federation
 from server.jobs import JobFolder, Standing, all_jobs, read_fields
 from server.receipts import read_receipts
@@ -63,8 +64,11 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
+    """serving: it was started, and SuperLink answers. healthy: what each of Flower's programs says itself."""
+
     federation: str
     serving: bool
+    healthy: dict[str, bool]
     processes: dict[str, int]
     restarts: dict[str, int]
     certificate_until: str
@@ -107,6 +111,7 @@ def look(folder: FederationFolder) -> ServerStatus:
     return ServerStatus(
         federation=roster.federation,
         serving=bool(serving) and nodes is not None,
+        healthy=_healthy(folder),
         processes=serving.get("pids", {}),
         restarts=serving.get("restarts", {}),
         certificate_until=f"{expires(TlsFolder(folder.tls).server):%Y-%m-%d}",
@@ -114,6 +119,12 @@ def look(folder: FederationFolder) -> ServerStatus:
         sites=sites,
         jobs=[_job(job, running) for job in jobs],
     )
+
+
+def _healthy(folder: FederationFolder) -> dict[str, bool]:
+    local = load_server_settings(folder.settings).local
+    ports = {"superlink": local.health_port, "superexec": local.superexec_health_port}
+    return {name: is_serving(port) for name, port in ports.items()}
 
 
 def _superlink(folder: FederationFolder) -> tuple[list[NodeInfo] | None, set[str]]:
@@ -158,6 +169,9 @@ def screen(found: ServerStatus, clock: Callable[[], float] = time.time) -> Group
     head.add_column("what")
     head.add_column("value", overflow="fold")
     said = "at work" if found.serving else "[bold red]not running: confide server run[/]"
+    ill = ", ".join(name for name, healthy in found.healthy.items() if not healthy)
+    if found.serving and ill:
+        said += f"; [bold red]not healthy: {ill}[/]"
     again = ", ".join(f"{name} ×{count}" for name, count in found.restarts.items() if count)
     head.add_row("server", said + (f"; restarted: {escape(again)}" if again else ""))
     head.add_row("certificate", f"until {found.certificate_until}")

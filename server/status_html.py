@@ -45,6 +45,11 @@ def body(found: ServerStatus) -> str:
     parts = [
         f'<p class="over">Confide federation</p>\n<h1>{safe(found.federation)}</h1>\n',
         "" if found.serving else alarm("The server does not run, or SuperLink does not answer."),
+        *(
+            alarm(f"{safe(name)} says that it does not serve.")
+            for name, healthy in found.healthy.items()
+            if found.serving and not healthy
+        ),
         _facts(found),
         *([_job(newest)] if newest else ["<h2>Jobs</h2><p>None was submitted yet.</p>"]),
         _sites(found.sites),

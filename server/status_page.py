@@ -106,6 +106,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         found = self._now()
         yield GaugeMetricFamily("confide_serving", "Whether the server is at work.", value=found.serving)
+        healthy = GaugeMetricFamily("confide_healthy", "Whether a program serves.", labels=["process"])
+        for name, well in found.healthy.items():
+            healthy.add_metric([name], well)
+        yield healthy
         restarts = CounterMetricFamily("confide_restarts", "Restarts of a process.", labels=["process"])
         for name, count in found.restarts.items():
             restarts.add_metric([name], count)

@@ -9,6 +9,7 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from client.identity import SiteFolder, load_local_key
 from server.receipts import read_receipts
 from tests.e2e.cluster import charges, children, kill, named, tiny_cluster, until
+from tests.e2e.command import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 ROLES = ("flower-superlink", "flower-superexec", "flwr-serverapp", "client.node", "execute")
@@ -58,6 +60,7 @@ def test_a_job_over_three_sites(bert_folder: Path, data_file: Path, tmp_path: Pa
         assert [found["standing"] for found in status["jobs"]] == ["done"]
         _only_what_is_documented_listens(cluster)
         _page_and_health(cluster)
+        _an_enrolled_site_reads_only_its_own(cluster)
         _nothing_secret_is_told(cluster)
         # The adapter loads with plain peft, and the auditor finds every site's ledger in order.
         said = cluster.confide("predict", cluster.job(job) / "adapter", "w1 good", "--json")
@@ -101,6 +104,106 @@ def _page_and_health(cluster: Any) -> None:
     assert re.search(r'confide_site_online\{site="1"\} 1\.0', get("/metrics"))
     assert "Invalid host" in get("/", "-H", "Host: evil.example")
     assert "Method Not Allowed" in get("/", "-X", "POST")
+
+
+_ATTACK = """
+import json, sys
+from pathlib import Path
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+address, site, mine, theirs, their_public = sys.argv[1:]
+folder = Path(site)
+key = load_ssh_private_key((folder / "node.key").read_bytes(), None)
+stranger = ec.generate_private_key(ec.SECP384R1())
+
+def fleet(key):
+    named = RuntimeVersionHttpInterceptor(component_name="attack")
+    signed = [NodeAuthHttpInterceptor(key, key.public_key())] if key else []
+    return FleetHttpClient(f"https://{address}", interceptors=[named, *signed], verify=str(folder / "ca.pem"))
+
+def control(kind):
+    named = RuntimeVersionHttpInterceptor(component_name="attack")
+    return kind(f"https://{address}", interceptors=[named], verify=str(folder / "ca.pem"))
+
+def said(ask):
+    try:
+        ask()
+        return 200
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code
+
+pull = lambda node: PullMessagesRequest(node=Node(node_id=int(node)))
+print(json.dumps({
+    "own": said(lambda: fleet(key).PullMessages(pull(mine))),
+    "another_s": said(lambda: fleet(key).PullMessages(pull(theirs))),
+    "stranger": said(lambda: fleet(stranger).PullMessages(pull(mine))),
+    "stranger_activates": said(lambda: fleet(stranger).ActivateNode(
+        ActivateNodeRequest(public_key=public_key_to_bytes(stranger.public_key()), heartbeat_interval=30))),
+    "unsigned": said(lambda: fleet(None).PullMessages(pull(mine))),
+    "another_s_key": said(lambda: fleet(key).ActivateNode(
+        ActivateNodeRequest(public_key=Path(their_public).read_bytes(), heartbeat_interval=30))),
+    "bundle_as_another": said(lambda: fleet(key).GetFab(
+        GetFabRequest(node=Node(node_id=int(theirs)), hash_str="0" * 64, run_id=1))),
+    "list_runs": said(lambda: control(ControlHttpClient).ListRuns(ListRunsRequest())),
+    "start_run": said(lambda: control(ControlHttpClient).StartRun(StartRunRequest())),
+    "claim_task": said(lambda: control(RuntimeHttpClient).AcquireTask(
+        AcquireTaskRequest(supported_task_types=["flwr-serverapp"]))),
+}))
+"""
+
+
+def _an_enrolled_site_reads_only_its_own(cluster: Any) -> None:
+    """From a site's place in the network, with its real key and Flower's own clients."""
+    from server.federation import FederationFolder
+    from server.superlink import NodeInfo
+
+    nodes: list[NodeInfo] = []
+    ask = (
+        "import json,sys;from pathlib import Path;from server.superlink import SuperLink;"
+        "link = SuperLink('127.0.0.1:9093', Path(sys.argv[1]));"
+        "print(json.dumps([[n.id, n.public.decode()] for n in link.nodes()]))"
+    )
+    done = subprocess.run(
+        [*cluster.network.inside(0), sys.executable, "-c", ask, str(cluster.server / "tls" / "ca.pem")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    nodes = [NodeInfo(node, public.encode(), "", "") for node, public in json.loads(done.stdout)]
+    by_site = {FederationFolder(cluster.server).nodes()[node.public]: node.id for node in nodes}
+    address = f"{cluster.network.address(0)}:9092"
+    done = subprocess.run(
+        [
+            *cluster.network.inside(1),
+            *(sys.executable, "-c", _ATTACK, address, str(cluster.site(1))),
+            *(str(by_site[1]), str(by_site[2]), str(cluster.server / "nodes" / "2.pem")),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("own") == 200
+    refused = {name: code for name, code in found.items() if code not in (401, 403, 404, 405)}
+    assert refused == {}, found
+    for path in ("list_runs", "start_run", "claim_task"):
+        assert found[path] == 404
 
 
 def _nothing_secret_is_told(cluster: Any) -> None:
