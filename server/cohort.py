@@ -84,6 +84,8 @@ def roll_call(
 def sample(sites: Sequence[int], config: RunConfig, round_number: int) -> list[int]:
     """`server.fraction` of the sites, at least `min_cohort`, drawn anew each round from the public seed.
 
+    Never more than the job was made for: a site that was enrolled later takes its turn with the others.
+
     The draw depends on seed and round only, so a resumed run asks the same sites. It is no secret, and
     privacy is not amplified by it.
 
@@ -95,7 +97,8 @@ def sample(sites: Sequence[int], config: RunConfig, round_number: int) -> list[i
         raise RoundError(
             f"only {len(sites)} sites are live, fewer than aggregation.min_cohort = {least}: wait for more"
         )
-    count = cohort_size(config, len(sites))
+    most = cohort_size(config, config.sites.count)  # the n_max of the sites' policies
+    count = min(cohort_size(config, len(sites)), most)
     if count == len(sites):
         return sorted(sites)
     rng = np.random.default_rng([config.run.seed, round_number, 0xC0407])

@@ -101,7 +101,7 @@ def certificate(
     if drop_old:
         _say(f"{tls.drop_old_authorities(files)} older authorities are trusted no more")
         return
-    before = tls.hosts_of(files.server)
+    before = tls.hosts_of(files.server) or ["localhost"]  # as confide server init without --host
     if new_authority:
         tls.create_authority(files, load_federation(place).federation, now)
     tls.issue_server(files, hosts or before, now)

@@ -39,14 +39,13 @@ from common.tables import clean
 from common.targets import check_records, columns_of
 from common.tasks import Examples, make_task
 from server.checkpoint import Checkpoint
-from server.federation import FederationFolder, load_federation
+from server.federation import FEDERATION, FederationFolder, load_federation
 from server.jobs import JobFolder, find_job, write_fields
 from server.receipts import Receipts
 from server.record import RoundEvent
 from server.report import write_report
 from server.rounds import Job, run
 
-FEDERATION = "CONFIDE_FEDERATION"
 app = ServerApp()
 site = ClientApp()  # a bundle must name one; no site runs it
 

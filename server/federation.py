@@ -38,6 +38,8 @@ from common.roster import MAX_VERSION, Member, SignedRoster, load_roster, newer,
 from common.secagg.keys import KEY_BYTES, IdentityKey, RandomBytes, Secret
 from common.secagg.transcript import MAX_ID
 
+FEDERATION = "CONFIDE_FEDERATION"  # of the environment: the folder, as the operator's processes know it
+
 
 class FederationError(ConfigError):
     """A folder is not a federation's, or is being worked on."""

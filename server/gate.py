@@ -7,6 +7,7 @@ listens on the loopback, and this small proxy hands over POST requests below /v1
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -41,6 +42,7 @@ _PASSED = frozenset(
         FLWR_PACKAGE_VERSION_METADATA_KEY,
     }
 )
+_CALL = re.compile(r"[a-z]+(-[a-z]+)*")
 _RETURNED = frozenset({"content-type", "content-length"})
 
 
@@ -56,6 +58,11 @@ def make_gate(superlink: str, authority: Path, longest: int) -> Starlette:
     )
 
     async def hand_over(request: Request) -> Response:
+        # The path is built anew from a name without dots, slashes and percent signs: nothing else of what was
+        # asked, such as a Host header that looks like a path, decides what SuperLink is asked.
+        call = request.path_params["call"]
+        if not _CALL.fullmatch(call):
+            return PlainTextResponse("not found", 404)
         said = request.headers.get("content-length", "")
         if not said.isdigit():
             return PlainTextResponse("length required", 411)
@@ -71,7 +78,7 @@ def make_gate(superlink: str, authority: Path, longest: int) -> Starlette:
                 yield piece
 
         headers = [(name, value) for name, value in request.headers.items() if name in _PASSED]
-        asked = client.build_request("POST", request.url.path, headers=headers, content=body())
+        asked = client.build_request("POST", FLEET + call, headers=headers, content=body())
         try:
             answer = await client.send(asked, stream=True)
         except (httpx.HTTPError, ClientDisconnect, ValueError):

@@ -18,15 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.bundle import make_bundle
 from common.config import RunConfig, load_config, refuse_study
 from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
-from common.plan import Plan, make_plan, resolve
 from server.federation import FederationFolder, load_federation
 from server.record import RunFolder
+
+if TYPE_CHECKING:  # it loads torch, and who only looks at jobs needs none
+    from common.plan import Plan
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -139,6 +141,8 @@ def prepare_job(config: RunConfig, sites: int, threads: int) -> tuple[RunConfig,
     Raises:
         ConfigError, PrivacyError: what is missing, or does not hold.
     """
+    from common.plan import make_plan, resolve
+
     refuse_study(config)
     if config.data.train is not None or config.data.sample is not None:
         raise ConfigError(

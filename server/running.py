@@ -9,8 +9,7 @@ from pathlib import Path
 
 from common.identity import make_folder, read_private
 from common.supervise import PYTHON, Service, Supervisor, flower_environment, installed, stop_on_signals
-from server.deployed import FEDERATION
-from server.federation import FederationFolder, load_federation
+from server.federation import FEDERATION, FederationFolder, load_federation
 from server.jobs import write_fields
 from server.keeper import Keeper
 from server.settings import ServerSettings, load_server_settings

@@ -1,4 +1,7 @@
-"""The two small web services of an operator, each a process of its own: the gate and the status page."""
+"""The two small web services of an operator, each a process of its own: the gate and the status page.
+
+Each imports only what it needs: the gate, which the network talks to, knows of no model and no job.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from pathlib import Path
 import uvicorn
 
 from server.federation import FederationFolder
-from server.gate import make_gate
 from server.settings import load_server_settings
-from server.status_page import make_page
 from server.tls import TlsFolder
 
 
 def gate(folder: FederationFolder) -> uvicorn.Config:
     """Over TLS, on the network."""
+    from server.gate import make_gate
+
     settings, files = load_server_settings(folder.settings), TlsFolder(folder.tls)
     superlink = f"https://127.0.0.1:{settings.local.superlink_port}"
     return uvicorn.Config(
@@ -34,6 +37,8 @@ def gate(folder: FederationFolder) -> uvicorn.Config:
 
 def status(folder: FederationFolder) -> uvicorn.Config:
     """On this machine's loopback only."""
+    from server.status_page import make_page
+
     settings = load_server_settings(folder.settings)
     return uvicorn.Config(
         make_page(folder),

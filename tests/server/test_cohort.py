@@ -242,9 +242,12 @@ def test_a_node_in_another_s_name_takes_no_part() -> None:
 class TestSampling:
     SITES = (9, 3, 5, 1, 7, 2, 8, 4, 6, 10)
 
-    def config(self, fraction: float = 1.0, least: int = 2, seed: int = 0) -> RunConfig:
+    def config(
+        self, fraction: float = 1.0, least: int = 2, seed: int = 0, count: int = len(SITES)
+    ) -> RunConfig:
         keys: dict[str, Any] = {
             "run": {"seed": seed},
+            "sites": {"count": count},
             "model": {"name": "x"},
             "data": {"sample": "x"},
             "server": {"fraction": fraction},
@@ -277,6 +280,13 @@ class TestSampling:
     def test_the_order_of_the_roll_call_does_not_matter(self) -> None:
         config = self.config(fraction=0.4)
         assert cohort.sample(sorted(self.SITES), config, 3) == cohort.sample(self.SITES, config, 3)
+
+    def test_never_more_than_the_job_was_made_for(self) -> None:
+        """A site may be enrolled after a job was submitted; the policies that sites signed know no more."""
+        rounds = [self.drawn(n, count=9) for n in range(1, 40)]
+        assert {len(drawn) for drawn in rounds} == {9}
+        assert {site for drawn in rounds for site in drawn} == set(self.SITES)
+        assert len(self.drawn(1, fraction=0.8, count=5)) == 4
 
     def test_too_few_live_sites(self) -> None:
         with pytest.raises(RoundError, match="only 10 sites are live"):
