@@ -9,6 +9,7 @@ from typing import Any
 from client.data.findings import Finding, in_order
 from client.data.label_checks import class_counts, label_findings, labels_in_test
 from client.data.people import People, people_findings, people_of
+from client.data.personal import Personal, mask
 from client.data.reading import RawFile, read_raw
 from client.data.sheet import Sheet, sheet_of
 from client.data.subject import Subject
@@ -26,6 +27,13 @@ class Checked:
     lengths: tuple[Lengths, ...]
     classes: Counter[str]
     people: People | None
+
+    def _labels(self) -> dict[str, int]:
+        """Records of each label; those that show personal data are masked, and counted together."""
+        shown: Counter[str] = Counter()
+        for name, count in self.classes.items():
+            shown[mask(name, tuple(Personal))] += count
+        return dict(shown.most_common())
 
     def to_json(self) -> dict[str, Any]:
         people = None
@@ -45,7 +53,7 @@ class Checked:
             "test": None if self.test is None else str(self.test.path),
             "columns": list(self.raw.columns),
             "lengths": [vars(lengths) for lengths in self.lengths],
-            "labels": dict(self.classes.most_common()),
+            "labels": self._labels(),
             "people": people,
             "findings": [finding.to_json() for finding in self.findings],
         }

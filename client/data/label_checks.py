@@ -83,9 +83,13 @@ def _empty(sheet: Sheet, column: str) -> Iterator[Finding]:
 
 def _classes(sheet: Sheet, column: str) -> Iterator[Finding]:
     rows: dict[str, list[int]] = defaultdict(list)
+    written: dict[str, list[int]] = defaultdict(list)  # blanks at the ends and all
     for number, label in zip(sheet.numbers, sheet.label, strict=True):
-        for name in _names(sheet, label) if label else ():
-            rows[name].append(number)
+        if label and label.strip():
+            for name in _names(sheet, label):
+                rows[name].append(number)
+            for name in label.split(SEPARATOR) if sheet.subject.kind is TaskKind.MULTI_LABEL else [label]:
+                written[name].append(number)
     known = sheet.subject.labels
     for name in sorted(set(rows) - set(known)) if known else ():
         near = nearest(name, known)
@@ -93,14 +97,14 @@ def _classes(sheet: Sheet, column: str) -> Iterator[Finding]:
         says = f"{_rows(rows[name])} with {_shown(name)}, which is not among task.labels.{hint}"
         yield Finding(Code.UNKNOWN_LABEL, tuple(rows[name]), says, column)
     folded: dict[str, list[str]] = defaultdict(list)
-    for name in rows:
+    for name in written:
         folded[label_key(name)].append(name)
     for names in folded.values():
         if len(names) > 1:
-            usual, *others = sorted(names, key=lambda name: (-len(rows[name]), name))
-            where = sorted(number for name in others for number in rows[name])
-            written = ", ".join(map(_shown, sorted(others)))
-            says = f"{written}: is it {_shown(usual)}, as in {_rows(rows[usual])}?"
+            usual, *others = sorted(names, key=lambda name: (-len(written[name]), name))
+            where = sorted(number for name in others for number in written[name])
+            shown = ", ".join(map(_shown, sorted(others)))
+            says = f"{shown}: is it {_shown(usual)}, as in {_rows(written[usual])}?"
             yield Finding(Code.LABEL_VARIANTS, tuple(where), says, column)
     yield from _balance({name: len(those) for name, those in rows.items()}, rows, column)
 

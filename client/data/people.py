@@ -76,9 +76,10 @@ def people_findings(sheet: Sheet) -> Iterator[Finding]:
         several = sum(count > 1 for count in people.counts)
         says = (
             f"{several:,} of {len(people.counts):,} people have several records, up to {people.most:,}. "
-            f"Privacy is promised to a record: ε = {people.epsilon:g}. Whoever has {people.most:,} is covered "
-            f"only at {people.most:,} × {people.epsilon:g} = {people.most * people.epsilon:g}. Proposed: at most "
-            f"{cap.records} record{'s' if cap.records != 1 else ''} a person, ε = {cap.epsilon:g} in all; "
+            f"Privacy is promised to a record: ε = {people.epsilon:g}. Whoever has {people.most:,} is "
+            f"covered only at {people.most:,} × {people.epsilon:g} = {people.most * people.epsilon:g}. "
+            f"Proposed: at most {cap.records} record{'s' if cap.records != 1 else ''} a person, "
+            f"ε = {cap.epsilon:g} in all; "
             f"{cap.kept:,} of {sum(people.counts):,} records stay."
         )
         yield Finding(Code.SEVERAL_RECORDS, tuple(over), says, column)

@@ -32,7 +32,7 @@ _SIMPLE = {  # the step that cures a finding by itself, in the order in which th
     Code.NEAR_DUPLICATE: StepKind.DROP_NEAR_DUPLICATES,
     Code.SEVERAL_RECORDS: StepKind.CAP_PERSON,
 }
-_SELDOM = (Code.BYTE_ORDER_MARK, Code.MIXED_NEWLINES)  # gone by writing the file anew
+_WRITING = (Code.BYTE_ORDER_MARK, Code.MIXED_NEWLINES)  # gone by writing the file anew
 _REWRITES = (
     StepKind.FIX_MOJIBAKE,
     StepKind.STRIP_INVISIBLE,
@@ -55,11 +55,13 @@ def proposed(checked: Checked) -> str:
             by_code[finding.code].append(finding)
     why: dict[StepKind, list[Finding]] = defaultdict(list)
     kinds: list[Personal] = []
-    cured: set[Code] = set(_SELDOM)
+    cured: set[Code] = set(_WRITING)
     for code, step in _SIMPLE.items():
         why[step] += by_code.get(code, [])
     why[StepKind.DECODE] = by_code.get(Code.INVALID_UTF8, [])
     names = _variants(checked) if by_code.get(Code.LABEL_VARIANTS) else {}
+    if not names:
+        cured.add(Code.LABEL_VARIANTS)  # blanks alone: collapse-space
     why[StepKind.MAP_LABELS] = by_code.get(Code.LABEL_VARIANTS, []) if names else []
     for kind in Personal:
         if kind is not Personal.NAME and by_code.get(kind.code):

@@ -50,9 +50,16 @@ def rows_as_bytes(raw: RawFile, out: Path) -> bytes:
             return data
 
 
+class _Lines(list[str]):
+    """What csv writes, with LF at line ends. Told to end lines so itself, it would leave a CR unquoted."""
+
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
+
+
 def _delimited(raw: RawFile, out: Path, delimiter: str) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    lines = _Lines()
+    writer = csv.writer(lines, delimiter=delimiter)
     writer.writerow(raw.columns)
     for row in raw.rows:
         for name, value in row.cells.items():
@@ -60,7 +67,7 @@ def _delimited(raw: RawFile, out: Path, delimiter: str) -> bytes:
                 found = f"column {short(name)}, {raw.unit} {row.number}: {type_name(value)}"
                 raise DataError(f"{out}: a table of text cannot hold {found}. Write .jsonl instead.")
         writer.writerow(["" if (value := row.cells.get(name)) is None else value for name in raw.columns])
-    return _encoded(text.getvalue(), out)
+    return _encoded("".join(lines), out)
 
 
 def _json_line(row: Row, raw: RawFile, out: Path) -> bytes:
