@@ -132,11 +132,13 @@ def _read(subject: Subject, steps: Sequence[Step]) -> RawFile:
         )
     if not raw.rows:
         raise DataError(f"{subject.train}: expected records, found none. Point at another file.")
-    for name in subject.columns.parts:
+    for name in (*subject.columns.names, subject.person):
+        if name is None or (name == subject.columns.label and subject.guessed_label):
+            continue
         if name not in raw.columns:
             raise DataError(
-                f"{subject.train}: expected a column {short(name)}, found {listed(raw.columns)}. "
-                "Name it with --text."
+                f"{subject.train}: expected a column {short(name)}, found {listed(raw.columns)}. Name the "
+                "columns in the configuration, or with --text, --label, --prompt and --person."
             )
     return raw
 

@@ -358,6 +358,10 @@ def test_a_recipe_that_leaves_nothing_or_a_row_of_nobody(tmp_path: Path) -> None
         tidy(source, recipe(tmp_path), tmp_path / "b.csv")
     with pytest.raises(ConfigError, match="--person"):
         tidy(source, recipe(tmp_path), tmp_path / "b.csv", person=None)
+    for role in ("text", "label", "prompt", "person"):
+        with pytest.raises(DataError, match="expected a column 'nowhere'"):
+            tidy(source, recipe(tmp_path), tmp_path / "b.csv", **{role: "nowhere"})
+    assert not (tmp_path / "b.csv").exists()
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
