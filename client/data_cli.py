@@ -175,7 +175,8 @@ def _print_check(checked: Checked) -> None:
     table.add_column("where, and what to do", overflow="fold", ratio=1)
     for finding in checked.findings:
         where = [f"column {short(finding.column)}"] if finding.column else []
-        where += [f"{checked.raw.unit}s {listed_rows(finding.rows, _ROWS)}"] if finding.rows else []
+        several = "s" if len(finding.rows) > 1 else ""
+        where += [f"{checked.raw.unit}{several} {listed_rows(finding.rows, _ROWS)}"] if finding.rows else []
         file = " (test file)" if finding.in_test else ""
         table.add_row(
             f"[bold {colour[finding.severity]}]{finding.severity.value}[/]\n{finding.code.label}{file}",

