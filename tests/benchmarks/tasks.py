@@ -42,7 +42,7 @@ INTENTS: Sections = {
 INTENTS_PRIVATE: Sections = INTENTS | {
     "warmup": {"rounds": 5, "local_steps": 10, "learning_rate": 20.0, "target_epsilon": 7.5}
 }
-# Ten sites of a thousand records: fifteen steps, each of a whole site and far, and nearly all of ε for the head.
+# Ten sites of a thousand records: fifteen steps, each of a whole site, and nearly all of ε for the head.
 INTENTS_TEN: Sections = INTENTS | {
     "sites": {"count": 10},
     "warmup": {"rounds": 5, "local_steps": 3, "learning_rate": 200.0, "momentum": 0.0, "target_epsilon": 7.8},
