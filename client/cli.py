@@ -1,6 +1,7 @@
 """`confide client`: make a site's identity, pin the federation's roster, and look at both.
 
-What a site allows is in client/policy_cli.py, what it has spent in client/ledger_cli.py.
+What a site allows is in client/policy_cli.py, what it has spent in client/ledger_cli.py, its data in
+client/data_cli.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from client import deploy_cli, ledger_cli, look_cli, policy_cli
+from client import data_cli, deploy_cli, ledger_cli, look_cli, policy_cli
 from client.cli_options import AsJson, Folder, print_json, read_passphrase, say
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app.command()(deploy_cli.approve)
 app.command()(deploy_cli.run)
 app.command()(deploy_cli.health)
 app.command(hidden=True)(deploy_cli.execute)
+app.add_typer(data_cli.app, name="data")
 
 
 @app.command()

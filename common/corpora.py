@@ -11,16 +11,17 @@ from common.errors import DataError
 from common.tables import Record
 
 
-def conll_records(text: str, path: Path) -> Iterator[Record]:
+def conll_records(text: str, path: Path, first_line: int = 1) -> Iterator[Record]:
     """`tokens` and `tags` of sentences with a blank line between them.
 
     A word a line: first the word, last its tag; fields are parted by tabs, or by blanks where the line has no
-    tab. A record's row is its first line. Lines `-DOCSTART-` and lines that begin with `# ` are skipped.
+    tab. A record's row is its first line, counted from `first_line`. Lines `-DOCSTART-` and lines that begin
+    with `# ` are skipped.
     """
     words: list[str] = []
     tags: list[str] = []
     first = 0
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
+    for number, line in enumerate([*text.split("\n"), ""], start=first_line):
         fields = line.strip("\r").split("\t") if "\t" in line else line.split()
         fields = [field.strip() for field in fields]
         if not any(fields):

@@ -42,7 +42,9 @@ class Sample(Enum):
     ROTTEN_TOMATOES = "rotten-tomatoes"  # review snippets, fresh or rotten, grouped by film
 
 
-class _Kind(Enum):
+class FileKind(Enum):
+    """What a data file is, told by its suffix."""
+
     CSV = "csv"
     TSV = "tsv"
     JSONL = "jsonl"
@@ -66,21 +68,21 @@ def read_table(path: Path, columns: Columns) -> Table:
         DataError: the file is missing, of an unknown kind, unreadable, empty, or malformed; a column is
             missing or named twice; a value is not usable.
     """
-    match _kind(path):
-        case _Kind.CSV:
+    match kind_of(path):
+        case FileKind.CSV:
             records = _delimited(path, ",", columns.names)
-        case _Kind.TSV:
+        case FileKind.TSV:
             records = _delimited(path, "\t", columns.names)
-        case _Kind.JSONL:
+        case FileKind.JSONL:
             records = _json_lines(path, columns.names)
-        case _Kind.CONLL:
+        case FileKind.CONLL:
             records = _corpus(path, columns.names, conll_records(_decoded(path), path))
-        case _Kind.SQUAD:
+        case FileKind.SQUAD:
             records = _corpus(path, columns.names, squad_records(_decoded(path), path))
-        case _Kind.PARQUET:
-            records = _arrow_rows(_parquet(path, columns.names), path, columns.names)
-        case _Kind.FOLDER:
-            records = _arrow_rows(_folder(path, columns.names), path, columns.names)
+        case FileKind.PARQUET:
+            records = arrow_records(parquet_table(path, columns.names), path)
+        case FileKind.FOLDER:
+            records = arrow_records(folder_table(path, columns.names), path)
     return table_of(path, columns, records)
 
 
@@ -115,27 +117,40 @@ def _carried(package: str, inside: str, sample: Sample) -> Path:
     )
 
 
-def _kind(path: Path) -> _Kind:
-    """Tell the kind of what is at `path`, or say what is wrong with it."""
+def kind_of(path: Path) -> FileKind:
+    """Tell the kind of what is at `path`.
+
+    Raises:
+        DataError: nothing is there, or nothing that is read here.
+    """
     if path.is_dir():
-        return _Kind.FOLDER
+        return FileKind.FOLDER
     if not path.exists():
         raise DataError(_missing(path))
+    return named_kind(path)
+
+
+def named_kind(path: Path) -> FileKind:
+    """What the suffix of `path` says; it need not be there.
+
+    Raises:
+        DataError: it says nothing that is read here.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     match suffixes[:-1] if compressed else suffixes:
         case [*_, ".csv"]:
-            return _Kind.CSV
+            return FileKind.CSV
         case [*_, ".tsv"]:
-            return _Kind.TSV
+            return FileKind.TSV
         case [*_, ".jsonl" | ".ndjson"]:
-            return _Kind.JSONL
+            return FileKind.JSONL
         case [*_, ".parquet"] if not compressed:
-            return _Kind.PARQUET
+            return FileKind.PARQUET
         case [*_, ".conll" | ".bio" | ".iob"]:
-            return _Kind.CONLL
+            return FileKind.CONLL
         case [*_, ".json"]:
-            return _Kind.SQUAD
+            return FileKind.SQUAD
         case [*_, ".arrow"]:
             hint = "Point at the folder that `save_to_disk` wrote, not at a file in it."
         case _:
@@ -230,12 +245,15 @@ def _corpus(path: Path, names: Sequence[str], records: Iterator[Record]) -> Iter
         yield row, cells
 
 
-def _parquet(path: Path, names: Sequence[str]) -> pa.Table:
+def parquet_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns `names` of a parquet file; None: all of them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
+            if names is None:
+                return file.read()
             _require(path, names, file.schema_arrow.names)
             return file.read(columns=list(names))
     except (pa.ArrowException, OSError) as error:
@@ -245,7 +263,8 @@ def _parquet(path: Path, names: Sequence[str]) -> pa.Table:
         ) from None
 
 
-def _folder(path: Path, names: Sequence[str]) -> pa.Table:
+def folder_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns `names` of a folder that `datasets` saved; None: all of them."""
     listing = path / "dataset_dict.json"
     if listing.is_file():
         splits = _splits(listing)
@@ -263,8 +282,10 @@ def _folder(path: Path, names: Sequence[str]) -> pa.Table:
 
     try:
         dataset = datasets.load_from_disk(str(path))
-        _require(path, names, dataset.column_names)
-        return dataset.select_columns(list(names)).with_format("arrow")[:]
+        if names is not None:
+            _require(path, names, dataset.column_names)
+            dataset = dataset.select_columns(list(names))
+        return dataset.with_format("arrow")[:]
     except DataError:
         raise
     except Exception as error:  # arrow, json and file system faults alike: nothing here is ours
@@ -281,27 +302,33 @@ def _splits(listing: Path) -> list[str]:
         return []
 
 
-def _arrow_rows(table: pa.Table, path: Path, names: Sequence[str]) -> Iterator[Record]:
+def arrow_records(table: pa.Table, path: Path) -> Iterator[Record]:
+    """The rows of `table`, read from `path`, from 1."""
+    names = table.column_names
     try:
-        values = [table.column(name).to_pylist() for name in names]
+        values = [column.to_pylist() for column in table.columns]
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected text in UTF-8, found other bytes. Write it as UTF-8.") from None
     for row, cells in enumerate(zip(*values, strict=True), start=1):
         yield row, dict(zip(names, cells, strict=True))
 
 
-def _decoded(path: Path) -> str:
-    """The whole text of a file, decompressed by its suffix."""
+def raw_bytes(path: Path) -> bytes:
+    """The whole of a file, decompressed by its suffix.
+
+    Raises:
+        DataError: it cannot be read or decompressed.
+    """
     try:
         match path.suffix.lower():
             case ".gz":
-                data = gzip.decompress(path.read_bytes())
+                return gzip.decompress(path.read_bytes())
             case ".bz2":
-                data = bz2.decompress(path.read_bytes())
+                return bz2.decompress(path.read_bytes())
             case ".xz":
-                data = lzma.decompress(path.read_bytes())
+                return lzma.decompress(path.read_bytes())
             case _:
-                data = path.read_bytes()
+                return path.read_bytes()
     except PermissionError:
         raise DataError(f"{path}: may not be read. Give this user read access to it.") from None
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -309,6 +336,10 @@ def _decoded(path: Path) -> str:
             f"{path}: expected a readable {path.suffix} file, found a fault ({type(error).__name__}). "
             "Copy or compress it again."
         ) from None
+
+
+def _decoded(path: Path) -> str:
+    data = raw_bytes(path)
     if not data.strip():
         raise DataError(f"{path}: expected records, found an empty file. Write it again.")
     try:

@@ -11,6 +11,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import confide
+from client.data.findings import Code, Severity
+from client.data.personal import Personal
+from client.data.recipe import StepKind, load_recipe
 from common.config import RunConfig, TaskKind, load_config, parse_config
 from simulations.run import DEMO
 
@@ -94,6 +97,27 @@ def test_commands_and_options_in_documents_exist() -> None:
             assert option in has, option
     for command in set(re.findall(r"confide (\w+)", text)) - {"is"}:
         assert CliRunner().invoke(confide.app, [command, "--help"]).exit_code == 0, command
+
+
+def test_what_the_data_document_names_exists(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text("utf-8")
+    for line in re.findall(r"^confide client data (.+)$", text, flags=re.MULTILINE):
+        command, *words = line.split()
+        known = CliRunner().invoke(confide.app, ["client", "data", command, "--help"], env={"COLUMNS": "200"})
+        assert known.exit_code == 0, line
+        for option in (word for word in words if word.startswith("--")):
+            assert option in known.stdout, line
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(_blocks(text, "toml")[0])
+    assert len(load_recipe(recipe)) == 5
+    for name in (*StepKind, *Code, *Personal):
+        assert re.search(rf"[`\s]{name.label}[`,\s]", text), name
+    for severity, column in zip(Severity, (2, 3, 4), strict=True):
+        rows = [
+            line.split("|") for line in text.splitlines() if line.startswith("| ") and line.count("|") == 5
+        ]
+        named = {label for row in rows for label in re.findall(r"`([a-z0-9-]+)`", row[column])}
+        assert named == {code.label for code in Code if code.severity is severity}
 
 
 def test_every_claim_of_the_threat_model_names_a_test_that_exists() -> None:
