@@ -52,17 +52,17 @@ _log = logging.getLogger("confide.executor")
 
 
 @contextmanager
-def only_one(folder: SiteFolder) -> Iterator[None]:
-    """Inside: no other executor works in this folder.
+def only_one(folder: SiteFolder, what: str = "executor") -> Iterator[None]:
+    """Inside: no other executor, or whatever it is called, works in this folder.
 
     Raises:
         CheckpointError: one does.
     """
-    with (folder.path / ".executor.lock").open("w") as file:
+    with (folder.path / f".{what}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"{folder.path} has an executor that runs already: stop it first") from None
+            raise CheckpointError(f"the {what} of {folder.path} runs already: stop it first") from None
         yield
 
 

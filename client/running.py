@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from client.executor import load_secret
+from client.executor import load_secret, only_one
 from client.identity import SiteFolder, load_pinned
 from client.join import load_server
 from client.settings import load_settings
@@ -48,11 +48,16 @@ def services(
 
 
 def run_site(path: Path, port: int, health_port: int, passphrase_file: Path | None) -> None:
-    """Until a signal ends it."""
+    """Until a signal ends it.
+
+    Raises:
+        All of `services`. CheckpointError: this site runs already.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("confide").setLevel(logging.INFO)
     folder = SiteFolder(path.resolve())
     supervisor = Supervisor(services(folder, port, health_port, passphrase_file), folder.logs)
     server = load_server(folder)
-    print(f"{server.federation}: taking part through {server.address}; Ctrl-C ends it", flush=True)
-    supervisor.run(stop_on_signals())
+    with only_one(folder, "client"):
+        print(f"{server.federation}: taking part through {server.address}; Ctrl-C ends it", flush=True)
+        supervisor.run(stop_on_signals())
