@@ -28,8 +28,10 @@ import tomli_w
 from typer.testing import CliRunner
 
 import confide
+from client.executor import only_one
+from client.identity import SiteFolder
 from common.config import parse_config
-from common.errors import StatusCode
+from common.errors import CheckpointError, StatusCode
 from server import cohort
 from server.jobs import prepare_job
 
@@ -234,6 +236,9 @@ def test_every_command_works_in_the_order_of_the_document(people: People) -> Non
     budget = json.loads(people.confide("north", ["client", "budget", "north", "--json"]))
     assert budget["sources"][0]["target_epsilon"] == 3.0
     assert budget["sources"][0]["epsilon_spent"] == 0
+    place = SiteFolder(people.at("north") / "north")
+    with only_one(place, "client"), pytest.raises(CheckpointError, match="runs already"):
+        people.confide("north", ["client", "run", "north"])
 
 
 @pytest.mark.slow
