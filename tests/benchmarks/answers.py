@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-HELD_OUT = 150
+HELD_OUT = 100
 CONFIG = """
 [run]
 name = "answers"
@@ -57,9 +57,9 @@ sample_rate = 0.064
 max_grad_norm = 1.0
 
 [training]
-local_steps = 3
-optimizer = "adam"
-learning_rate = 0.01
+local_steps = 2
+optimizer = "sgd"
+learning_rate = 6.0
 
 [evaluation]
 every = 0
@@ -90,6 +90,7 @@ def main() -> None:
     asked = parser.parse_args()
     import confide
     from common.config import Engine, load_config
+    from simulations.fleet import open_fleet
     from simulations.run import create_folder, prepare, simulate
     from simulations.screen import Silent
 
@@ -103,8 +104,10 @@ def main() -> None:
         config = load_config(folder / "confide.toml", asked.overrides)
         privacy = config.privacy.model_copy(update={"insecure_disabled": asked.plain})
         resolved, _ = prepare(config.model_copy(update={"privacy": privacy}))
-        summary = simulate(create_folder(folder / "runs", resolved), Engine.INLINE, Silent()).summary
-    before, after = (math.log(summary[f"scores_{when}"]["perplexity"]) for when in ("initial", "final"))
+        run = create_folder(folder / "runs", resolved)
+        final = simulate(run, Engine.INLINE, Silent()).summary["scores_final"]
+        fleet = open_fleet(run.path)
+        before, after = (math.log(s["perplexity"]) for s in (fleet.scores(fleet.initial), final))
     claim = "no privacy" if asked.plain else f"ε = {resolved.privacy.target_epsilon:g}"
     print(
         f"{claim}: loss on {test} held-out answers {before:.3f} -> {after:.3f}, "
