@@ -45,6 +45,7 @@ def check_end(cluster: Any, job: str, rounds: int, sites: int = 3) -> None:
     assert set(receipts) == set(range(1, sites + 1))
 
 
+@pytest.mark.slow
 def test_a_job_over_three_sites(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
     with tiny_cluster(tmp_path / "c", bert_folder, data_file) as (cluster, job):
         cluster.start_all()
