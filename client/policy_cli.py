@@ -183,7 +183,8 @@ def _explain(policy: SitePolicy) -> None:
         beside = "no default" if one.default is None else f"default {default}"
         line = Text(f"{one.key} = ").append(here, "" if here == default else "bold").append(f"  ({beside})")
         out.print(line, soft_wrap=True)
-        says = f"{one.says[0].upper()}{one.says[1:]}."
+        first = one.says[0] if one.says[0] in "εδ" else one.says[0].upper()  # Greek letters stand for numbers
+        says = f"{first}{one.says[1:]}."
         for text in (says, f"Stops: {one.stops[0].lower()}{one.stops[1:]}"):
             out.print(Padding(Text(text), (0, 0, 0, 4)))
 
