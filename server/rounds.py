@@ -36,12 +36,12 @@ from server.record import RoundEvent, RunFolder, SiteRound
 
 _WAIT_SECONDS = 3.0  # between looks at which sites are there, while there are too few
 _REFUSALS = {code.value for code in StatusCode}
-# Answers that say that nothing was charged; see the order of checks in client/app.py.
+# Answers that say that nothing was charged; see the order of checks in client/app.py. "refused-repeat" is
+# none: the round was charged before, perhaps to a server that died before it could record that.
 _FREE = {
     StatusCode.REFUSED_BUDGET.value,
     StatusCode.REFUSED_POLICY.value,
     StatusCode.REFUSED_PRIVACY.value,
-    StatusCode.REFUSED_REPEAT.value,
     StatusCode.REFUSED_CONFIG.value,
     StatusCode.REFUSED_PROTOCOL.value,
 }
