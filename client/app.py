@@ -19,11 +19,12 @@ from client.training import check_shard, train
 from common import wire
 from common.adapter import Layout, check_vector
 from common.aggregation import context_of, policy_of
-from common.errors import ConfideError, ConfigError, ProtocolError, status_of
+from common.errors import ConfideError, ConfigError, OtherRosterError, ProtocolError, status_of
 from common.ledger import Charge
 from common.ledger_replay import Reservation, State
 from common.noise import NoiseStream
 from common.secagg.errors import Exchange
+from common.secagg.transcript import roster_hash
 
 
 def make_app(open_site: Callable[[Context], Site]) -> ClientApp:
@@ -90,6 +91,12 @@ def _head(site: Site) -> bytes:
 def _hello(site: Site, request: wire.Message) -> wire.Message:
     if not isinstance(request, wire.Hello):
         raise ProtocolError(f"expected a hello, found {type(request).__name__}")
+    if site.pinned is not None and request.roster != roster_hash(site.pinned.roster):
+        # Said before anything is trained and charged: a sum of sites with different rosters is refused.
+        raise OtherRosterError(
+            "the server works with another roster than the one that is pinned here: take a newer kit with "
+            "confide client join, or, where this site has it already, wait for the server"
+        )
     return wire.Hello(site.site_id)
 
 

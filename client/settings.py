@@ -38,7 +38,7 @@ class Machine(_Section):
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: Annotated[int, Field(strict=True, ge=0)] = 0  # of torch; 0: all cores
     poll_seconds: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = (
-        1.0  # between questions to the server whether there is work
+        1.0  # between questions to the server while nothing is going on
     )
 
 
@@ -68,7 +68,7 @@ train = "records.jsonl"       # csv, tsv, jsonl, parquet or a `datasets` folder;
 [machine]
 device = "auto"               # auto, cpu, cuda, cuda:1
 threads = 0                   # of torch; 0: all cores
-poll_seconds = 1.0            # between questions to the server whether there is work
+poll_seconds = 1.0            # between questions to the server while nothing is going on
 """
 
 

@@ -57,6 +57,10 @@ class ProtocolError(ConfideError):
     exit_code = 6
 
 
+class OtherRosterError(ProtocolError):
+    """Server and site do not hold the same roster: no sum could be made, so nothing is trained."""
+
+
 class CheckpointError(ConfideError):
     """A checkpoint is missing, corrupt, or belongs to another run."""
 
@@ -80,6 +84,7 @@ class StatusCode(Enum):
     REFUSED_PRIVACY = "refused-privacy"
     REFUSED_REPEAT = "refused-repeat"
     REFUSED_PROTOCOL = "refused-protocol"
+    REFUSED_ROSTER = "refused-roster"
     REFUSED_CONFIG = "refused-config"
     FAILED_DATA = "failed-data"
     FAILED_MODEL = "failed-model"
@@ -97,6 +102,8 @@ def status_of(error: BaseException) -> StatusCode:
             return StatusCode.REFUSED_REPEAT
         case PrivacyError():
             return StatusCode.REFUSED_PRIVACY
+        case OtherRosterError():
+            return StatusCode.REFUSED_ROSTER
         case ProtocolError():
             return StatusCode.REFUSED_PROTOCOL
         case ConfigError():

@@ -49,20 +49,21 @@ def roll_call(
     receipts: Receipts | None = None,
     names: Mapping[int, int] | None = None,
     absent: Callable[[int, str], None] = lambda site, reason: None,
+    roster: bytes = b"",
 ) -> dict[int, int]:
     """Site id → node id of every live site. Flower's node ids change between runs; a site's id does not.
 
     names: node id → the site that was enrolled with that node's key. Then no other node is asked, and none
     answers in another's name; `absent` hears of each that takes no part, and why.
+    roster: hash of the server's, so that a site with another one says so before it trains.
 
     Raises:
         RoundError: without names, two nodes say that they are the same site.
     """
     nodes = sorted(grid.get_node_ids() if names is None else names)
     found: dict[int, int] = {}
-    for answer in exchange(
-        grid, dict.fromkeys(nodes, wire.Hello(0)), "query.hello", "0", deadline, nodes, clock
-    ):
+    question = wire.Hello(0, roster)
+    for answer in exchange(grid, dict.fromkeys(nodes, question), "query.hello", "0", deadline, nodes, clock):
         node = answer.site
         if isinstance(answer, Failure) or not isinstance(answer.message, wire.Hello):
             if names is not None:

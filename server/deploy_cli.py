@@ -101,10 +101,11 @@ def certificate(
     if drop_old:
         _say(f"{tls.drop_old_authorities(files)} older authorities are trusted no more")
         return
-    before = tls.hosts_of(files.server) or ["localhost"]  # as confide server init without --host
+    names = hosts or tls.hosts_of(files.server) or ["localhost"]  # as confide server init without --host
+    tls.check_hosts(names)  # before the authority is replaced
     if new_authority:
         tls.create_authority(files, load_federation(place).federation, now)
-    tls.issue_server(files, hosts or before, now)
+    tls.issue_server(files, names, now)
     _say(f"{files.server}: until {tls.expires(files.server):%Y-%m-%d}; restart confide server run")
 
 

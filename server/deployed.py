@@ -35,6 +35,7 @@ from common.models import AdaptedModel, load_model
 from common.plan import make_plan, plan_digest
 from common.privacy import epsilon_pld, epsilon_rdp
 from common.secagg.errors import Exchange
+from common.secagg.policy import Roster
 from common.tables import clean
 from common.targets import check_records, columns_of
 from common.tasks import Examples, make_task
@@ -91,8 +92,13 @@ def open_job(
         ConfigError, DataError, ModelError: as `rehearse` would have said when the job was submitted.
     """
     config = place.load_config()
-    roster = load_federation(folder)
-    write_atomically(place.roster, roster.encode())  # the newest: sites may have joined since
+
+    def membership() -> Roster:
+        newest = load_federation(folder)
+        write_atomically(place.roster, newest.encode())
+        return newest.keys
+
+    roster = membership()
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     model, public = load_public(config)
     plan = make_plan(config)
@@ -106,8 +112,9 @@ def open_job(
         model=model,
         public=public,
         features=FeatureCache(),
-        roster=roster.keys,
-        receipts=Receipts(folder.receipts, roster.keys),
+        roster=roster,
+        receipts=Receipts(folder.receipts, roster),
+        membership=membership,
         names=names,
         called=called,
     )
@@ -184,9 +191,10 @@ def finish(job: Job, place: JobFolder, end: Checkpoint, seconds: float) -> None:
     export_adapter(job.model, end.adapter, job.config, claim, place.adapter)
     if job.receipts is not None and job.receipts.newest:
         shutil.copyfile(job.receipts.path, place.receipts)
-    summary = json.dumps(summary_of(job, place, end, claim, seconds), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(place.summary, summary.encode())
-    write_report(place)
+    summary = summary_of(job, place, end, claim, seconds)
+    write_report(place, summary)
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(place.summary, text.encode())
 
 
 def claim_of(job: Job) -> PrivacyClaim:

@@ -46,6 +46,7 @@ class Standing(Enum):
     STOPPED = "stopped"  # the operator has said so
     ENDED = "ended"  # it cannot go on by itself: see ended.json
     DONE = "done"
+    DAMAGED = "damaged"  # its folder cannot be read
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,12 @@ def all_jobs(folder: FederationFolder) -> list[JobFolder]:
     """In the order in which they were submitted."""
     found = [JobFolder(path) for path in folder.jobs.glob("*") if _ID.fullmatch(path.name)]
     whole = [job for job in found if job.wanted.exists()]
-    return sorted(whole, key=lambda job: (job.bundle.stat().st_mtime_ns, job.id))
+
+    def submitted(job: JobFolder) -> tuple[int, str]:
+        # A damaged job has its place too: who lists jobs must not fail because of one.
+        return (job.bundle.stat().st_mtime_ns if job.bundle.exists() else 0), job.id
+
+    return sorted(whole, key=submitted)
 
 
 def find_job(folder: FederationFolder, said: str | None) -> JobFolder:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from common.bundle import read_bundle
+from common.errors import ConfideError
 from server.federation import FederationFolder, load_federation
 from server.jobs import JobFolder, Wanted, all_jobs
 from server.superlink import SuperLink, SuperLinkAwayError
@@ -29,6 +30,7 @@ class Keeper:
         self._superlink = superlink
         self._clock = clock
         self._digests: dict[str, str] = {}  # job → hash of its bundle
+        self._damaged: set[str] = set()
         self._waits: dict[str, float] = {}
         self._due: dict[str, float] = {}
         self._rounds: dict[str, int] = {}  # job → the round that its last start had come from
@@ -54,7 +56,7 @@ class Keeper:
             _log.info("node %d unregistered: its site is no member", known[public])
 
     def _jobs(self) -> None:
-        jobs = all_jobs(self._folder)
+        jobs = [job for job in all_jobs(self._folder) if self._is_whole(job)]
         unfinished = self._superlink.unfinished()
         by_hash = {self._digest(job): job for job in jobs}
         running = None
@@ -73,6 +75,19 @@ class Keeper:
         self._back_off(job)
         run = self._superlink.start(job.bundle.read_bytes())
         _log.info("job %s started as run %d", job.id, run)
+
+    def _is_whole(self, job: JobFolder) -> bool:
+        """A damaged job must not stop the others; it waits until somebody has mended it."""
+        try:
+            self._digest(job)
+            job.wants()
+        except (ConfideError, OSError) as error:
+            if job.id not in self._damaged:
+                _log.error("job %s is left out: %s", job.id, error)
+            self._damaged.add(job.id)
+            return False
+        self._damaged.discard(job.id)
+        return True
 
     def _back_off(self, job: JobFolder) -> None:
         """A job that ends again without a round more is given longer and longer."""

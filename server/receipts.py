@@ -16,7 +16,7 @@ class Receipts:
     """An append-only file of heads, one JSON line each, and the newest of each site.
 
     Heads are signed by the sites, so an auditor need not believe the server: it can only leave some out.
-    A torn last line was never acted on, and is left out.
+    A torn last line was never acted on, and is left out. roster: whose keys count; it may change.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -24,7 +24,7 @@ class Receipts:
 
     def __init__(self, path: Path, roster: Roster) -> None:
         self.path = path
-        self._roster = roster
+        self.roster = roster
         self.newest: dict[int, SignedHead] = {}
         for head in read_receipts(path):
             self.newest[head.site] = head
@@ -36,7 +36,7 @@ class Receipts:
         """
         if head is None:
             return refusal
-        public, before = self._roster.get(site), self.newest.get(site)
+        public, before = self.roster.get(site), self.newest.get(site)
         if public is None or head.site != site:
             return False
         try:

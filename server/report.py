@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 from common.files import write_atomically
 from common.report_plots import Line, plot_bars, plot_epsilon, plot_metric
@@ -56,13 +57,13 @@ for site in sorted({site for site, _ in charged}):
 """
 
 
-def write_report(folder: RunFolder) -> None:
-    """Write `folder.report`, whole or not at all.
+def write_report(folder: RunFolder, summary: dict[str, Any] | None = None) -> None:
+    """Write `folder.report`, whole or not at all. summary: None, that of the folder.
 
     Raises:
         CheckpointError: the run has no summary or no events yet.
     """
-    write_atomically(folder.report, _page(read_run(folder)).encode())
+    write_atomically(folder.report, _page(read_run(folder, summary)).encode())
 
 
 def _page(run: Run) -> str:

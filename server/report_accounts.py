@@ -75,8 +75,8 @@ class Run:
         return [a for a in self.accounts if a.epsilon_at_most > a.epsilon[-1]]
 
 
-def read_run(folder: RunFolder) -> Run:
-    """All that the page needs.
+def read_run(folder: RunFolder, summary: dict[str, Any] | None = None) -> Run:
+    """All that the page needs. summary: where the folder's is not written yet.
 
     Raises:
         CheckpointError: the run has no summary or no events yet.
@@ -85,10 +85,10 @@ def read_run(folder: RunFolder) -> Run:
     events = list(folder.read_events())
     rounds = sorted((e for e in events if isinstance(e, RoundEvent)), key=lambda e: e.round)
     parts = sorted((e for e in events if isinstance(e, SiteRound)), key=lambda e: (e.round, e.site))
-    if not folder.summary.is_file() or not rounds:
+    if (summary is None and not folder.summary.is_file()) or not rounds:
         raise CheckpointError(f"{folder.path} has no finished run yet: finish it, then write the report")
     sessions = [e for e in events if isinstance(e, SessionEnd)]
-    summary = json.loads(folder.summary.read_text("utf-8"))
+    summary = json.loads(folder.summary.read_text("utf-8")) if summary is None else summary
     accounts = _accounts(config, summary, rounds, parts)
     return Run(config, summary, rounds, parts, sessions, accounts, folder.config.read_text("utf-8"))
 

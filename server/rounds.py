@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from common.models import AdaptedModel, Part
 from common.plan import Plan
 from common.secagg.errors import Exchange
 from common.secagg.policy import Roster
+from common.secagg.transcript import roster_hash
 from common.tasks import Examples, IntArray
 from server import checkpoint, cohort
 from server.aggregation import Floats, OptimizerState, PlainSum, step
@@ -44,6 +45,7 @@ _FREE = {
     StatusCode.REFUSED_PRIVACY.value,
     StatusCode.REFUSED_CONFIG.value,
     StatusCode.REFUSED_PROTOCOL.value,
+    StatusCode.REFUSED_ROSTER.value,
 }
 
 
@@ -62,6 +64,7 @@ class Job:
     features: FeatureCache  # of the public records, while rounds train the head only
     roster: Roster
     receipts: Receipts | None  # of the sites' ledgers; None in a study without privacy
+    membership: Callable[[], Roster] | None = None  # deployed: the newest roster; sites come in and go
     names: Callable[[Grid], dict[int, int]] | None = None  # deployed: live nodes → sites, by enrolled keys
     called: Callable[[list[int], dict[int, str]], None] = lambda present, absent: None  # hears of roll calls
 
@@ -109,7 +112,7 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
         sites = _roll_call(job, grid)
         failed = 0
         while now.round < len(job.plan.rounds):
-            sites = _present(job, grid, sites)
+            job, sites = _present(job, grid, sites)
             now, event = run_round(job, grid, now, sites, watcher)
             curves.add(event)
             watcher.round_done(event)
@@ -125,16 +128,18 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
 
 def _roll_call(job: Job, grid: Grid) -> dict[int, int]:
     """The live sites. Who names itself by an id that the roster does not have could sign nothing: it is not
-    asked, or the round could not be opened."""
+    asked, or the round could not be opened. Nor is who holds another roster, who would train in vain."""
     absent: dict[int, str] = {}
+    secure = not job.config.study.plain_updates
     found = cohort.roll_call(
         grid,
         min(job.config.server.deadline_seconds, job.config.aggregation.deadline_seconds),
         receipts=job.receipts,
         names=None if job.names is None else job.names(grid),
         absent=absent.__setitem__,
+        roster=roster_hash(job.roster) if secure else b"",
     )
-    if not job.config.study.plain_updates:
+    if secure:
         found = {site: node for site, node in found.items() if site in job.roster}
     job.called(sorted(found), absent)
     return found
@@ -142,16 +147,23 @@ def _roll_call(job: Job, grid: Grid) -> dict[int, int]:
 
 def _present(
     job: Job, grid: Grid, sites: dict[int, int], rest: Callable[[float], None] = time.sleep
-) -> dict[int, int]:
-    """Who is there now. Deployed sites come and go: whoever is new, or was away, is called, and a round that
-    too few could take part in waits. Simulated sites stay as they were called at first."""
-    if job.names is None:
-        return sites
+) -> tuple[Job, dict[int, int]]:
+    """The job with the newest roster, and who is there now. Deployed sites come and go: whoever is new, or
+    was away, is called, all are when the roster has changed, and a round with too few of them waits.
+    Simulated sites stay as they were called at first."""
+    names = job.names
+    if names is None:
+        return job, sites
     while True:
-        if set(job.names(grid)) != set(sites.values()):
+        newest = job.membership() if job.membership else job.roster
+        if newest != job.roster:
+            job, sites = replace(job, roster=newest), {}
+            if job.receipts is not None:
+                job.receipts.roster = newest
+        if set(names(grid)) != set(sites.values()):
             sites = _roll_call(job, grid)
         if len(sites) >= (job.config.aggregation.min_cohort or 1):
-            return sites
+            return job, sites
         rest(_WAIT_SECONDS)
 
 

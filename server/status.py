@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -88,8 +89,11 @@ def look(folder: FederationFolder) -> ServerStatus:
     jobs = all_jobs(folder)
     known = {folder.nodes().get(node.public, 0): node for node in nodes or ()}
     newest = {head.site: head.seq for head in read_receipts(folder.receipts)}
-    recorded = [entry for job in jobs for entry in job.site_rounds()]
-    absent = read_fields(jobs[-1].progress).get("absent", {}) if jobs else {}
+    recorded, absent = [], {}
+    for job in jobs:  # of the last that can be read, the roll call; `_job` says which cannot
+        with contextlib.suppress(ConfideError, OSError):
+            recorded += job.site_rounds()
+            absent = read_fields(job.progress).get("absent", {})
     sites = []
     for member in roster.members:
         node = known.get(member.id)
@@ -141,8 +145,14 @@ def _superlink(folder: FederationFolder) -> tuple[list[NodeInfo] | None, set[str
 
 
 def _job(job: JobFolder, running: set[str]) -> JobStatus:
-    import hashlib
+    try:
+        return _whole_job(job, running)
+    except (ConfideError, OSError) as error:
+        standing = Standing.DAMAGED.value
+        return JobStatus(job.id, "", standing, 0, 0, "", 0.0, 0, 0, [], [], [], str(error))
 
+
+def _whole_job(job: JobFolder, running: set[str]) -> JobStatus:
     at_work = hashlib.sha256(job.bundle.read_bytes()).hexdigest() in running
     progress, ended, rounds = read_fields(job.progress), read_fields(job.ended), job.rounds()
     config = job.load_config()

@@ -88,15 +88,24 @@ def drop_old_authorities(folder: TlsFolder) -> int:
     return len(certificates) - 1
 
 
+def check_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """The names in a certificate for `hosts`, and for this machine's own use.
+
+    Raises:
+        ConfigError: no host, or one that is neither a name nor an address.
+    """
+    if not hosts:
+        raise ConfigError("give the host name, or address, by which sites reach the server: --host")
+    return [_general(host) for host in dict.fromkeys((*hosts, *_LOCAL))]
+
+
 def issue_server(folder: TlsFolder, hosts: Sequence[str], now: datetime.datetime) -> None:
     """A new key and certificate for the server under these host names and addresses.
 
     Raises:
-        ConfigError: no host, or one that is neither a name nor an address. MissingKeyError, ExposedKeyError.
+        ConfigError: see `check_hosts`. MissingKeyError, ExposedKeyError.
     """
-    if not hosts:
-        raise ConfigError("give the host name, or address, by which sites reach the server: --host")
-    names = [_general(host) for host in dict.fromkeys((*hosts, *_LOCAL))]
+    names = check_hosts(hosts)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     chain = _issue(folder, subject, key, names, ExtendedKeyUsageOID.SERVER_AUTH, now)

@@ -33,7 +33,7 @@ from client import executor
 from client.bundles import admit, keep_pending, pending
 from client.executor import Node, Worksites, claim, execute, work
 from client.identity import SiteFolder, create_site
-from client.node import Clock
+from client.node import BUSY_FOR, BUSY_SECONDS, EXECUTOR_SECONDS, Clock
 from client.policy import Code, SitePolicy
 from client.site import Site
 from common import wire
@@ -253,12 +253,26 @@ def test_the_node_still_rests_by_the_module_that_is_given_a_faster_clock() -> No
     assert "time.sleep(3)" in source
     assert inspect.ismodule(node_loop.time)
 
+    assert "time.sleep(0.5)" in source
 
-def test_a_faster_clock_only_rests_less(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_the_node_asks_often_during_a_round_and_seldom_before_and_after_it() -> None:
     rests: list[float] = []
-    monkeypatch.setattr(time, "sleep", rests.append)
-    clock = Clock(0.5)
+    now = 0.0
+    clock = Clock(1.0, rests.append, lambda: now)
+    clock.sleep(3)  # nothing has come yet
+    clock.sleep(0.5)  # a message came: its answer is waited for
+    now += BUSY_FOR / 2
     clock.sleep(3)
-    clock.sleep(0.1)
-    assert rests == [0.5, 0.1]
+    now += BUSY_FOR
+    clock.sleep(3)
+    assert rests == [1.0, EXECUTOR_SECONDS, BUSY_SECONDS, 1.0]
     assert clock.monotonic is time.monotonic
+
+
+def test_a_site_that_asks_for_more_gets_it() -> None:
+    rests: list[float] = []
+    clock = Clock(0.1, rests.append)
+    clock.sleep(0.5)
+    clock.sleep(3)
+    assert rests == [EXECUTOR_SECONDS, 0.1]

@@ -156,7 +156,7 @@ def any_message(rng: random.Random) -> wire.Message:
     floats = np.frombuffer(rng.randbytes(4 * rng.randrange(1, 9)), dtype="<f4")
     match rng.randrange(7):
         case 0:
-            return wire.Hello(rng.choice(BOUNDARIES))
+            return wire.Hello(rng.choice(BOUNDARIES), rng.choice([b"", rng.randbytes(32)]))
         case 1:
             return wire.TrainRequest(text, number, text, text, floats)
         case 2:
@@ -216,7 +216,7 @@ def move_record(rng: random.Random, content: RecordDict) -> None:
 def add_record(rng: random.Random, content: RecordDict) -> None:
     record: Any = rng.choice(
         [
-            ConfigRecord({"head": any_head(rng) or b"x"}),
+            ConfigRecord({"ledger": any_head(rng) or b"x"}),
             ConfigRecord({"a": 1}),
             MetricRecord({"a": 1.0}),
             ArrayRecord({}),
@@ -258,11 +258,13 @@ def frozen(content: RecordDict) -> Any:
     )
 
 
-def fuzz_records(times: int) -> int:
+def fuzz_records(times: int, patch: pytest.MonkeyPatch) -> int:
     """How many of so many records were accepted."""
     rng = random.Random(0)
     accepted = met = 0
+    inline = wire.INLINE_BYTES
     while met < times:
+        patch.setattr(wire, "INLINE_BYTES", rng.choice([0, 40, inline]))
         head = any_head(rng)
         content = wire.encode(any_message(rng), head)
         if rng.random() < 0.7:
@@ -293,13 +295,13 @@ def fuzz_records(times: int) -> int:
     return accepted
 
 
-def test_two_thousand_mutations_of_records() -> None:
-    assert 0 < fuzz_records(FEW) < FEW // 2
+def test_two_thousand_mutations_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < fuzz_records(FEW, monkeypatch) < FEW // 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_mutations_of_records() -> None:
-    accepted = fuzz_records(MANY)
+def test_a_hundred_thousand_mutations_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = fuzz_records(MANY, monkeypatch)
     print(f"records: {accepted} of {MANY} were messages")
     assert 0 < accepted < MANY // 2

@@ -19,7 +19,8 @@ from common.features import FeatureCache
 from common.models import Part
 from common.plan import make_plan, plan_digest, resolve
 from common.secagg.errors import Exchange
-from server import checkpoint, rounds
+from common.secagg.transcript import roster_hash
+from server import checkpoint, cohort, rounds
 from server.record import RoundEvent, RunFolder
 from server.rounds import Job
 from simulations.engines import InlineGrid
@@ -68,10 +69,13 @@ class Federation:
 
         return answer
 
+    def hello(self, site: int, request: wire.Hello) -> wire.Message:
+        return wire.Hello(site)
+
     def __call__(self, message: Message, context: Context) -> Message:
         request = wire.decode(message.content)
         if isinstance(request, wire.Hello):
-            return Message(wire.encode(wire.Hello(context.node_id)), reply_to=message)
+            return Message(wire.encode(self.hello(context.node_id, request)), reply_to=message)
         assert isinstance(request, wire.TrainRequest)
         self.asked.append((context.node_id, request))
         answer = self.answers[context.node_id](request)
@@ -351,6 +355,50 @@ def test_a_deployed_run_waits_for_enough_sites_and_calls_who_is_new(
     ]
     assert calls[-2:] == [[1, 2, 3], [1, 2, 3, 4]]
     assert [1, 2] in calls  # too few: the run waited
+
+
+def test_who_holds_an_older_roster_is_left_out_until_it_has_the_newer_one(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site is enrolled while round 1 runs. Nobody stops the job: those who lag are not asked to train."""
+    run = federation()
+    old, new = {n: bytes([n]) * 32 for n in range(1, 4)}, {n: bytes([n]) * 32 for n in range(1, 5)}
+    behind = {1: 2, 2: 1, 3: 0}  # how many more questions site n answers by its old roster
+    said: list[tuple[list[int], dict[int, str]]] = []
+
+    def hello(site: int, request: wire.Hello) -> wire.Message:
+        if request.roster == roster_hash(new) and behind.get(site, 0) > 0:
+            behind[site] -= 1
+            return wire.Refusal(site, StatusCode.REFUSED_ROSTER)
+        return wire.Hello(site)
+
+    monkeypatch.setattr(run, "hello", hello)
+    monkeypatch.setattr(rounds, "_WAIT_SECONDS", 0.0)
+    # The roll call as with secure aggregation, the rest in the clear.
+    call = cohort.roll_call
+
+    def with_roster(*arguments: Any, roster: bytes, **more: Any) -> dict[int, int]:
+        return call(*arguments, roster=roster_hash(run.roster), **more)
+
+    def membership() -> dict[int, bytes]:
+        run.roster = new if len(run.watch.events) == 2 else old
+        return run.roster
+
+    monkeypatch.setattr(cohort, "roll_call", with_roster)
+    run.roster = old
+    run.job = dataclasses.replace(
+        run.job,
+        roster=old,
+        membership=membership,
+        names=lambda _: {n: n for n in run.roster},
+        called=lambda present, absent: said.append((present, dict(absent))),
+    )
+    assert run.run().round == 2
+    assert said[0] == ([1, 2, 3], {})
+    assert ([3, 4], {1: "refused-roster", 2: "refused-roster"}) in said  # fewer than three: the run waits
+    assert ([2, 3, 4], {1: "refused-roster"}) in said
+    trained = [sorted(node for node, r in run.asked if r.round == number) for number in (1, 2)]
+    assert trained == [[1, 2, 3], [2, 3, 4]]
 
 
 def test_when_every_site_has_answered_a_round_before_the_run_goes_on(

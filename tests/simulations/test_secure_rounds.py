@@ -338,7 +338,8 @@ def test_sites_send_nothing_but_replies_of_the_protocol(
         message = call.message
         assert type(message) in (kinds[call.kind], wire.Refusal)
         assert call.reply is not None
-        head = call.reply.config_records["ledger"]["head"]
+        head = call.reply.config_records["confide"]["ledger"]
+        assert isinstance(head, bytes)
         assert dict(wire.encode(message, head)) == dict(call.reply)
         match message:
             case wire.Hello(site) | wire.Refusal(site, _) | wire.Ready(site, _):
