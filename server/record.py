@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from common.config import RunConfig, load_config
 from common.errors import CheckpointError
 from common.files import write_atomically
 
+ASKED = "asked"
+
 
 @dataclass(frozen=True)
 class SiteRound:
     """One site's part in one round. `events` is the most that it was charged; empty where that is nothing.
 
-    `status`: "ok" where its update is in the sum. Otherwise a site's refusal code, "deadline", "malformed"
+    `status`: "ok" where its update is in the sum; `ASKED` where a server that died has left no more, so that
+    the site may have been charged. Otherwise a site's refusal code, "deadline", "malformed"
     or what the transport said; behind the name of the exchange ("mask:deadline") where it had trained.
     """
 
@@ -208,9 +211,6 @@ class RunFolder:
                 raise CheckpointError(
                     f"{self.events} has a line that is no event: restore the file"
                 ) from None
-            before = found.get(key)
-            if isinstance(event, SiteRound) and isinstance(before, SiteRound) and not event.events:
-                event = replace(event, events=before.events)  # what was charged once stays charged
             found[key] = event
         yield from found.values()
 

@@ -45,9 +45,9 @@ from dp_accounting.rdp import RdpAccountant
 charged = {}
 for line in open("events.jsonl"):
     entry = json.loads(line)
-    if entry["kind"] == "site" and entry["events"]:  # a round that was run again is one charge
-        charged[entry["site"], entry["round"]] = entry["events"]
-for site in sorted({site for site, _ in charged}):
+    if entry["kind"] == "site":  # of several lines for one round the last counts: it is one charge
+        charged[entry["site"], entry["round"]] = entry["events"] or []
+for site in sorted({site for (site, _), events in charged.items() if events}):
     accountant = RdpAccountant()  # or PLDAccountant, from dp_accounting.pld
     for event in [e for (of, _), events in charged.items() if of == site for e in events]:
         noise = GaussianDpEvent(event["noise_multiplier"])

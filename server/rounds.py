@@ -27,26 +27,16 @@ from common.secagg.errors import Exchange
 from common.secagg.policy import Roster
 from common.secagg.transcript import roster_hash
 from common.tasks import Examples, IntArray
-from server import checkpoint, cohort
+from server import charges, checkpoint, cohort
 from server.aggregation import Floats, OptimizerState, PlainSum, step
 from server.checkpoint import Checkpoint
 from server.curves import Curves
 from server.gather import Gatherer
 from server.receipts import Receipts
-from server.record import RoundEvent, RunFolder, SiteRound
+from server.record import RoundEvent, RunFolder
 
 _WAIT_SECONDS = 3.0  # between looks at which sites are there, while there are too few
 _REFUSALS = {code.value for code in StatusCode}
-# Answers that say that nothing was charged; see the order of checks in client/app.py. "refused-repeat" is
-# none: the round was charged before, perhaps to a server that died before it could record that.
-_FREE = {
-    StatusCode.REFUSED_BUDGET.value,
-    StatusCode.REFUSED_POLICY.value,
-    StatusCode.REFUSED_PRIVACY.value,
-    StatusCode.REFUSED_CONFIG.value,
-    StatusCode.REFUSED_PROTOCOL.value,
-    StatusCode.REFUSED_ROSTER.value,
-}
 
 
 @dataclass(frozen=True)
@@ -110,10 +100,11 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
             curves.add(event)
             watcher.round_done(event)
         sites = _roll_call(job, grid)
-        failed = 0
+        failed, owed = 0, charges.owed(job.folder, now.round + 1)
         while now.round < len(job.plan.rounds):
             job, sites = _present(job, grid, sites)
-            now, event = run_round(job, grid, now, sites, watcher)
+            now, event = run_round(job, grid, now, sites, watcher, owed)
+            owed = frozenset()
             curves.add(event)
             watcher.round_done(event)
             failed = 0 if event.counted else failed + 1
@@ -173,8 +164,9 @@ def run_round(
     before: Checkpoint,
     sites: dict[int, int],
     watcher: Watcher,
+    owed: frozenset[int] = frozenset(),
 ) -> tuple[Checkpoint, RoundEvent]:
-    """One round: the state after it, and what is recorded of it.
+    """One round: the state after it, and what is recorded of it. owed: see `charges.owed`.
 
     1. cohort   2. train   3. secure sum   4. step   5. evaluate   6. checkpoint, then record
     """
@@ -185,17 +177,19 @@ def run_round(
 
     # 1. Who is asked.
     asked = cohort.sample(list(sites), job.config, number)
+    if job.names is not None:  # simulated sites die with the server, and repeat their charges
+        charges.record_asked(job.folder, number, plan, asked)
 
     # 2. Train. Each site follows its own plan; the request only names the round. "Ready" is all that comes
     #    back: the update waits at the site, so long training is over before any secret is shared.
-    trained = _train(job, grid, before, sites, asked, watcher)
+    trained = _train(job, grid, before, sites, asked, watcher, owed)
 
     # 3. The sum, in five exchanges. No update is ever seen, and no sum of fewer than min_cohort.
     if job.config.study.plain_updates:
         total = _plain(job, trained)
     else:
         total = _secure(job, grid, before, sites, trained, watcher)
-    _record_sites(job, number, trained, total)
+    charges.record_fates(job.folder, number, plan, trained, total.fates, owed)
 
     # 4. Step, unless there is no sum: then the adapter stays as it was.
     adapter, state = before.adapter, before.state
@@ -246,7 +240,13 @@ class _Total:
 
 
 def _train(
-    job: Job, grid: Grid, before: Checkpoint, sites: dict[int, int], asked: list[int], watcher: Watcher
+    job: Job,
+    grid: Grid,
+    before: Checkpoint,
+    sites: dict[int, int],
+    asked: list[int],
+    watcher: Watcher,
+    owed: frozenset[int],
 ) -> _Trained:
     number = before.round + 1
     part = Layout.of(job.model.active(job.plan.round(number).part))
@@ -268,7 +268,7 @@ def _train(
         watcher.site_done(number, len(asked))
     if not trained.ready and set(trained.refused.values()) <= _REFUSALS - {StatusCode.REFUSED_REPEAT.value}:
         # Every site has said no: asking again would not change that.
-        _record_sites(job, number, trained, _Total(None, None, {}))
+        charges.record_fates(job.folder, number, job.plan.round(number), trained, {}, owed)
         codes = Counter(trained.refused.values())
         raise RoundError(
             f"no site took part in round {number}: "
@@ -324,15 +324,6 @@ def _plain(job: Job, trained: _Trained) -> _Total:
     enough = len(trained.ready) >= (job.config.aggregation.min_cohort or 1)
     fate = "ok" if enough else "too-few"
     return _Total(trained.plain.mean() if enough else None, None, dict.fromkeys(trained.ready, fate))
-
-
-def _record_sites(job: Job, number: int, trained: _Trained, total: _Total) -> None:
-    """One line a site. It charges itself before it trains: what is not a refusal may have cost this much."""
-    events = [event.to_json() for event in job.plan.round(number).events]
-    for site, status in sorted({**trained.refused, **total.fates}.items()):
-        charged = [] if site in trained.refused and status in _FREE else events
-        up, down = trained.bytes_up[site], trained.bytes_down[site]
-        job.folder.append(SiteRound(number, site, status, up, down, charged))
 
 
 def _measure(job: Job, now: Checkpoint, *, everything: bool) -> MetricSums:

@@ -18,7 +18,7 @@ from common.config import parse_config
 from common.errors import CheckpointError
 from common.plan import make_plan
 from common.privacy import epsilon_rdp, epsilon_text
-from server.record import RoundEvent, RunFolder, SiteRound
+from server.record import ASKED, RoundEvent, RunFolder, SiteRound
 from server.report import write_report
 
 SCRIPT = "<script>alert('x')</script>"
@@ -385,9 +385,11 @@ def test_many_sites_show_the_worst(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_the_code_in_the_footer_computes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path / "run", status=lambda site, round: "ok" if round <= site + 2 else "deadline")
-    with folder.events.open("a") as file:  # a round that was cut off by a crash is run and told again
-        again = SiteRound(1, 1, "deadline", 0, 0, None)
-        file.write(json.dumps({"kind": "site", **vars(again)}) + "\n")
+    first = next(entry for entry in folder.site_rounds() if entry.events)
+    folder.append(first)  # a round that was cut off by a crash is run and told again
+    last = max(entry.round for entry in folder.site_rounds())
+    folder.append(SiteRound(last, 3, ASKED, 0, 0, first.events))  # and who is asked may refuse
+    folder.append(SiteRound(last, 3, "refused-policy", 0, 0, []))
     text = page(folder)
     monkeypatch.chdir(folder.path)
     printed = io.StringIO()
