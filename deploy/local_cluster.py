@@ -93,6 +93,17 @@ class Network:
         """Take a site off the network, or bring it back. Namespaces only."""
         _ip("-n", f"{self.name}-net", "link", "set", f"port{number}", "down" if cut else "up")
 
+    def can_be_slow(self) -> bool:
+        """Whether this kernel delays packets: netem is a module of its own."""
+        if not self.namespaces or shutil.which("tc") is None:
+            return False
+        try:
+            self.slow(1, 1)
+            self.slow(1, 0)
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
     def slow(self, number: int, milliseconds: int, loss: float = 0.0) -> None:
         """Delay and loss on a site's link, both ways at the switch's end; 0 and 0 take them away."""
         base = ["tc", "-n", f"{self.name}-net", "qdisc"]
@@ -118,6 +129,7 @@ class Cluster:
         self.network = network
         self.server = self.folder / "server"
         self.processes: dict[int, subprocess.Popen[bytes]] = {}  # 0: the server
+        self.site_program = CONFIDE  # tests put an onlooker in its place
 
     def site(self, number: int) -> Path:
         return self.folder / f"site-{number}"
@@ -160,15 +172,15 @@ class Cluster:
     def start(self, number: int) -> None:
         """The server (0) or a site. What it says goes to `server.out` or `site-N.out`."""
         if number == 0:
-            command, out = ["server", "run", str(self.server)], "server.out"
+            command, out = [*CONFIDE, "server", "run", str(self.server)], "server.out"
         else:
-            command, out = ["client", "run", str(self.site(number))], f"site-{number}.out"
+            command, out = [*self.site_program, "client", "run", str(self.site(number))], f"site-{number}.out"
             if not self.network.namespaces:
                 first = PORT + 100 + 10 * number
                 command += ["--port", str(first), "--health-port", str(first + 1)]
         with (self.folder / out).open("ab") as file:
             self.processes[number] = subprocess.Popen(
-                [*self.network.inside(number), *CONFIDE, *command],
+                [*self.network.inside(number), *command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

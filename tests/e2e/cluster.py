@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,15 +18,19 @@ from typing import Any
 from common.datasets import read_table
 from common.ledger import Complete, Reserve, Start
 from common.targets import columns_of
+from server.receipts import read_receipts
+from server.record import RunFolder
 from tests.conftest import LABELS
 from tests.e2e.command import ROOT
 
+ROLES = ("flower-superlink", "flower-superexec", "flwr-serverapp", "client.node", "execute")
 CONFIG = """
 [run]
 name = "tiny"
 rounds = {rounds}
 threads = 1
 device = "cpu"
+checkpoints = 10
 
 [task]
 labels = {labels}
@@ -80,24 +85,22 @@ def tiny_cluster(
     cluster = module.Cluster(folder, sites, module.Network.best(f"ct{os.getpid() % 10000}"))
     try:
         cluster.found()
-        _divide(cluster, data)
-        config = cluster.folder / "job.toml"
-        config.write_text(
-            CONFIG.format(
-                rounds=rounds,
-                labels=json.dumps(list(LABELS)),
-                model=json.dumps(str(model)),
-                deadline=deadline,
-            )
-        )
-        job = cluster.submit(config)
+        divide(cluster, data)
+        job = cluster.submit(write_job(cluster, model, rounds, deadline))
         cluster.approve(job)
         yield cluster, job
     finally:
         cluster.stop_all()
 
 
-def _divide(cluster: Any, data: Path) -> None:
+def write_job(cluster: Any, model: Path, rounds: int, deadline: float) -> Path:
+    config: Path = cluster.folder / "job.toml"
+    labels, name = json.dumps(list(LABELS)), json.dumps(str(model))
+    config.write_text(CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline))
+    return config
+
+
+def divide(cluster: Any, data: Path) -> None:
     from common.config import DataSection, TaskKind
 
     table = read_table(data, columns_of(DataSection(train=data), TaskKind.SEQUENCE_CLASSIFICATION))
@@ -153,17 +156,36 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def charges(cluster: Any, number: int) -> dict[int, int]:
+def rounds_of(cluster: Any, job: str) -> list[dict[str, Any]]:
+    path = cluster.job(job) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["kind"] == "round"]
+
+
+def check_end(cluster: Any, job: str, rounds: int, sites: int = 3) -> None:
+    """What holds however the job went: each round counted once, each site charged at most once a round, and
+    no charge that the server's record does not claim."""
+    events = rounds_of(cluster, job)
+    assert [event["round"] for event in events] == sorted({event["round"] for event in events})
+    assert events[-1]["round"] == rounds
+    claimed = {(e.site, e.round) for e in RunFolder(cluster.job(job)).site_rounds() if e.events}
+    for number in range(1, sites + 1):
+        found = charges(cluster, number, job)
+        assert set(found.values()) <= {1}, found
+        assert set(found) <= set(range(1, rounds + 1))
+        assert {(number, charged) for charged in found} <= claimed
+    receipts = {head.site: head.seq for head in read_receipts(cluster.server / "receipts.jsonl")}
+    assert set(receipts) == set(range(1, sites + 1))
+
+
+def charges(cluster: Any, number: int, job: str) -> dict[int, int]:
     """Round → how often the site was charged for it, by its own ledger, which is verified first."""
     from client.identity import SiteFolder
     from client.ledger_view import look
 
     view = look(SiteFolder(cluster.site(number)))
-    reserved = {e.seq: e.record.charge.round for e in view.entries if isinstance(e.record, Reserve)}
+    reserved = {e.seq: e.record.charge for e in view.entries if isinstance(e.record, Reserve)}
     started = {e.record.id for e in view.entries if isinstance(e.record, Start)}
     completed = {e.record.id for e in view.entries if isinstance(e.record, Complete)}
     assert completed <= started <= reserved.keys()
-    found: dict[int, int] = {}
-    for seq in started:
-        found[reserved[seq]] = found.get(reserved[seq], 0) + 1
-    return found
+    return dict(Counter(reserved[seq].round for seq in started if reserved[seq].run == job))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import random
 import re
 import statistics
 import subprocess
@@ -17,32 +15,11 @@ from typing import Any
 import pytest
 
 from client.identity import SiteFolder, load_local_key
-from server.receipts import read_receipts
-from tests.e2e.cluster import charges, children, kill, named, tiny_cluster, until
+from tests.e2e.cluster import ROLES, check_end, children, kill, named, rounds_of, tiny_cluster, until
 from tests.e2e.command import ROOT
 
 pytestmark = pytest.mark.timeout(900)
-ROLES = ("flower-superlink", "flower-superexec", "flwr-serverapp", "client.node", "execute")
 SECRETS = ("identity.pem", "local.key", "node.key", "executor.key", "authority.key", "ca.key", "server.key")
-
-
-def rounds_of(cluster: Any, job: str) -> list[dict[str, Any]]:
-    path = cluster.job(job) / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["kind"] == "round"]
-
-
-def check_end(cluster: Any, job: str, rounds: int, sites: int = 3) -> None:
-    """What holds however the job went: each round counted once, each site charged at most once a round."""
-    events = rounds_of(cluster, job)
-    assert [event["round"] for event in events] == sorted({event["round"] for event in events})
-    assert events[-1]["round"] == rounds
-    for number in range(1, sites + 1):
-        found = charges(cluster, number)
-        assert set(found.values()) <= {1}, found
-        assert set(found) <= set(range(1, rounds + 1))
-    receipts = {head.site: head.seq for head in read_receipts(cluster.server / "receipts.jsonl")}
-    assert set(receipts) == set(range(1, sites + 1))
 
 
 @pytest.mark.slow
@@ -302,53 +279,3 @@ def _absent(cluster: Any, job: str) -> dict[str, str]:
     except (OSError, ValueError, KeyError):
         return {}
     return dict(found)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_chaos(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    """Seeded schedules of kills, pauses, cuts and slow links: each ends done, with nothing counted or charged
-    twice. CONFIDE_CHAOS says how many."""
-    for seed in range(int(os.environ.get("CONFIDE_CHAOS", "3"))):
-        rng = random.Random(seed)
-        with tiny_cluster(tmp_path / f"c{seed}", bert_folder, data_file, rounds=3, deadline=15) as (
-            cluster,
-            job,
-        ):
-            cluster.start_all()
-            until(lambda c=cluster, j=job: bool(rounds_of(c, j)), 240, "the start")
-            for _ in range(rng.randint(3, 6)):
-                _upset(rng, cluster)
-                time.sleep(rng.uniform(0.5, 8))
-            _calm(cluster)
-            cluster.wait(job, 600)
-            check_end(cluster, job, 3)
-
-
-def _upset(rng: random.Random, cluster: Any) -> None:
-    number = rng.randint(1, cluster.sites)
-    kinds = ["kill", "kill", "pause"] + (["cut", "slow"] if cluster.network.namespaces else [])
-    match rng.choice(kinds):
-        case "kill":
-            role = rng.choice(ROLES)
-            victims = [one for p in cluster.processes.values() for one in named(p.pid, role)]
-            if victims:
-                kill(rng.choice(victims))
-        case "pause":
-            victims = [one for p in cluster.processes.values() for one in children(p.pid)]
-            victim = rng.choice(victims)
-            subprocess.run(["kill", "-STOP", str(victim)], check=False)
-            time.sleep(rng.uniform(1, 10))
-            subprocess.run(["kill", "-CONT", str(victim)], check=False)
-        case "cut":
-            cluster.network.cut(number, True)
-            time.sleep(rng.uniform(1, 10))
-            cluster.network.cut(number, False)
-        case "slow":
-            cluster.network.slow(number, rng.choice([50, 300, 1000]), rng.choice([0.0, 0.02]))
-
-
-def _calm(cluster: Any) -> None:
-    if cluster.network.namespaces:
-        for number in range(1, cluster.sites + 1):
-            cluster.network.slow(number, 0)
