@@ -72,6 +72,31 @@ def join(
     )
 
 
+def rekey(
+    folder: Folder,
+    passphrase_file: PassphraseFile = None,
+    ask_passphrase: AskPassphrase = False,
+) -> None:
+    """Make new keys for this site's node and executor, after a scare or once a year. The ledger goes on.
+
+    Send the new site.pub to the federation: confide server enroll takes it as this site's, without a new id,
+    roster or kit. Then restart confide client run. The identity key stays: who loses that is enrolled anew.
+    Exit codes: 2 no site's folder; 5 a key that others can read, or a wrong passphrase.
+    """
+    import os
+
+    from client.identity import SiteFolder, rekey_site
+    from common.identity import fingerprint
+
+    place = SiteFolder(folder)
+    card = rekey_site(place, os.urandom, read_passphrase(passphrase_file, ask_passphrase))
+    say(
+        f"new keys: {place.node_key} and {place.executor_secret}",
+        f"fingerprint: {fingerprint(card.public)}, as before",
+        f"next: send {place.card} to the federation; when they have it, restart confide client run {folder}",
+    )
+
+
 def approve(
     folder: Folder,
     bundle: Annotated[

@@ -49,6 +49,7 @@ from common.identity import (
     make_card,
     make_folder,
     read_private,
+    replace_private,
 )
 from common.roster import Member, OtherAuthorityError, SignedRoster, load_roster, newer
 from common.secagg.keys import KEY_BYTES, PUBLIC_BYTES, IdentityKey, RandomBytes, Secret
@@ -222,11 +223,11 @@ def load_local_key(path: Path) -> Secret:
     return Secret(key)
 
 
-def create_node_key(path: Path) -> bytes:
-    """A new P-384 key in a new file, in OpenSSH's form as Flower reads it, mode 0600; its public half."""
+def create_node_key() -> tuple[bytes, bytes]:
+    """A new P-384 key, in OpenSSH's form as Flower reads it, and its public half."""
     key = ec.generate_private_key(ec.SECP384R1())
-    create_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    return private, key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def create_site(
@@ -260,10 +261,33 @@ def create_site(
     create_private(folder.local_key, random_bytes(KEY_BYTES))
     node = b""
     if deployed:
-        node = create_node_key(folder.node_key)
+        private, node = create_node_key()
+        create_private(folder.node_key, private)
         create_private(folder.executor_secret, random_bytes(KEY_BYTES))
     card = make_card(name, identity, node)
     write_atomically(folder.card, card.encode())
+    return card
+
+
+def rekey_site(folder: SiteFolder, random_bytes: RandomBytes, passphrase: bytes | None) -> SiteCard:
+    """A new key for the site's node and a new secret for its executor, and the card that says so.
+
+    The site stays who it is: its identity signs the new card, and its ledger goes on. The card is written
+    first: cut off after that, the node still has the old key, and the next call makes both anew.
+
+    Raises:
+        ConfigError: a simulated site, which has no node. All of `own_card` and `load_identity`. Nothing is
+        changed then.
+    """
+    old = own_card(folder)
+    if not old.node:
+        raise ConfigError(f"the site in {folder.path} has no node to make a key for: it is only simulated")
+    identity = load_identity(folder.identity, passphrase)
+    private, node = create_node_key()
+    card = make_card(old.name, identity, node)
+    write_atomically(folder.card, card.encode())
+    replace_private(folder.node_key, private)
+    replace_private(folder.executor_secret, random_bytes(KEY_BYTES))
     return card
 
 

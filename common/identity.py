@@ -323,6 +323,15 @@ def create_private(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def replace_private(path: Path, data: bytes) -> None:
+    """Put new bytes in the place of an old secret, whole or not at all; only its owner can read them."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.unlink(missing_ok=True)  # what a crash has left
+    create_private(aside, data)
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
 def read_private(path: Path, limit: int) -> bytes:
     """The bytes of a file that only its owner can read; at most one byte more than `limit`.
 

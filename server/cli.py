@@ -97,7 +97,7 @@ def enroll(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a site to the roster and sign the next version.
+    """Add a site to the roster and sign the next version; or take a member's new card (confide client rekey).
 
     The card must prove that its sender has the key. That it is the right sender, only people can say:
     compare the printed fingerprint with the one that the site's people read from `confide client show`.
@@ -105,10 +105,19 @@ def enroll(
     6 the card's proof does not hold.
     """
     from common.identity import load_card
-    from server.federation import FederationFolder, enroll_site
+    from server.federation import FederationFolder, enroll_site, load_federation, renew_node
 
     place = FederationFolder(federation)
-    member, roster = enroll_site(place, load_card(card), site_id)
+    read = load_card(card)
+    renewed = renew_node(place, read) if site_id is None else None
+    if renewed is not None and not as_json:
+        _say(
+            f"renewed: the node of site {renewed.id}, {renewed.name}; the roster stays, nobody needs a kit",
+            f"fingerprint: {_finger(renewed.public)}",
+            "next: its people restart confide client run; its old node can connect no more",
+        )
+        return
+    member, roster = (renewed, load_federation(place)) if renewed else enroll_site(place, read, site_id)
     if as_json:
         _print_json({**_member_fields(member), "federation": roster.federation, "version": roster.version})
         return

@@ -206,16 +206,47 @@ def enroll_site(
             )
         if card.node:
             make_folder(folder.node(site_id).parent)
-            pem = load_der_public_key(card.node).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-            if pem in folder.nodes():
-                raise EnrollmentError(
-                    f"the node's key on this card is that of site {folder.nodes()[pem]} already: have the "
-                    "site make a new folder with confide client init"
-                )
-            write_atomically(folder.node(site_id), pem)
+            _check_node(folder, card)
+            write_atomically(folder.node(site_id), _pem(card))
         member = Member(site_id, card.name, card.public)
         members = sorted((*roster.members, member), key=lambda one: one.id)
         return member, _sign(folder, authority, roster, members, roster.retired)
+
+
+def renew_node(folder: FederationFolder, card: SiteCard) -> Member | None:
+    """Take a member's new card, with another node's key: nothing else changes. None: the card is no member's,
+    or has the key that is known.
+
+    Raises:
+        EnrollmentError: the name is another, or the node is another site's. FederationError: the folder is in
+        use.
+    """
+    with folder.locked():
+        roster = load_federation(folder)
+        member = next((one for one in roster.members if one.public == card.public), None)
+        if member is None or not card.node or folder.nodes().get(_pem(card)) == member.id:
+            return None
+        if card.name != member.name:
+            raise EnrollmentError(
+                f"site {member.id} is enrolled as {member.name!r}, but its new card says {card.name!r}: a "
+                "site keeps its name"
+            )
+        _check_node(folder, card)
+        write_atomically(folder.node(member.id), _pem(card))
+        return member
+
+
+def _pem(card: SiteCard) -> bytes:
+    return load_der_public_key(card.node).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _check_node(folder: FederationFolder, card: SiteCard) -> None:
+    known = folder.nodes().get(_pem(card))
+    if known is not None:
+        raise EnrollmentError(
+            f"the node's key on this card is that of site {known} already: have the site make a new folder "
+            "with confide client init"
+        )
 
 
 def revoke_site(folder: FederationFolder, site_id: int) -> tuple[Member, SignedRoster]:

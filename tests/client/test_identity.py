@@ -15,8 +15,10 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_ssh_private_key,
 )
 
+import client.identity
 from client.identity import (
     KeyFormatError,
     NotAMemberError,
@@ -29,6 +31,7 @@ from client.identity import (
     load_local_key,
     load_pinned,
     pin,
+    rekey_site,
 )
 from common.errors import ConfideError, ConfigError
 from common.identity import (
@@ -209,6 +212,38 @@ def test_a_new_site_has_its_keys_and_its_card(tmp_path: Path) -> None:
     assert len(local) == 32
     assert local.reveal() not in folder.card.read_bytes() + folder.identity.read_bytes()
     assert local.reveal().hex() not in repr(local) + repr(folder) + repr(card)
+
+
+def test_new_keys_for_the_node_and_the_site_stays_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SiteFolder(tmp_path / "north")
+    old = create_site(folder, "north", Stream(5), None, deployed=True)
+    kept = {path: path.read_bytes() for path in (folder.identity, folder.local_key)}
+    changed = {path: path.read_bytes() for path in (folder.node_key, folder.executor_secret)}
+    card = rekey_site(folder, Stream(6), None)
+    assert (card.name, card.public) == (old.name, old.public) and card.node != old.node
+    assert load_card(folder.card) == card
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert all(path.read_bytes() != data and mode_of(path) == 0o600 for path, data in changed.items())
+    key = load_ssh_private_key(folder.node_key.read_bytes(), None)
+    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    assert public == card.node
+    # Cut off before the key was replaced: the next call makes both anew.
+    with monkeypatch.context() as patch:
+        patch.setattr(client.identity, "replace_private", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rekey_site(folder, Stream(7), None)
+    (folder.path / ".node.key.new").write_bytes(b"half a k")
+    again = rekey_site(folder, Stream(8), None)
+    key = load_ssh_private_key(folder.node_key.read_bytes(), None)
+    assert key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) == again.node
+    assert not (folder.path / ".node.key.new").exists()
+
+
+def test_a_simulated_site_has_no_node_to_make_a_key_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only simulated"):
+        rekey_site(make_site(tmp_path), Stream(6), None)
 
 
 @pytest.mark.parametrize("left", ["identity", "local_key", "card"])

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from client.identity import SiteFolder, create_site
+from client.identity import SiteFolder, create_node_key, create_site, rekey_site
 from common.bundle import read_bundle
 from common.errors import ConfigError
-from common.identity import load_card
-from server.federation import EnrollmentError, FederationFolder, create_federation, enroll_site, revoke_site
+from common.identity import load_card, read_private
+from server.federation import (
+    EnrollmentError,
+    FederationFolder,
+    create_federation,
+    enroll_site,
+    renew_node,
+    revoke_site,
+)
 from server.jobs import JobFolder, Standing, Wanted, all_jobs, create_job, find_job, prepare_job, write_fields
 from server.keeper import FIRST_WAIT, Keeper
 from server.record import RoundEvent
@@ -165,6 +172,41 @@ def test_one_node_key_is_not_enrolled_for_two_sites(world: World, tmp_path: Path
         enroll_site(world.folder, card)
 
 
+def test_a_site_s_new_node_takes_the_old_one_s_place_and_nothing_else_changes(
+    world: World, tmp_path: Path
+) -> None:
+    world.look()
+    before = world.folder.roster.read_bytes()
+    old = world.folder.node(1).read_bytes()
+    card = rekey_site(SiteFolder(tmp_path / "north"), os.urandom, None)
+    found = renew_node(world.folder, card)
+    assert found is not None and (found.id, found.name) == (1, "north")
+    world.look()
+    assert old not in world.link.known and world.folder.node(1).read_bytes() in world.link.known
+    assert len(world.link.known) == 3
+    assert world.folder.roster.read_bytes() == before
+    assert renew_node(world.folder, card) is None  # it is known already
+    assert read_private(tmp_path / "north" / "node.key", 4096).startswith(b"-----BEGIN OPENSSH PRIVATE KEY")
+
+
+def test_a_new_card_renews_only_its_own_site(world: World, tmp_path: Path) -> None:
+    from client.identity import load_identity
+    from common.identity import make_card
+
+    north = SiteFolder(tmp_path / "north")
+    south = load_card(tmp_path / "south" / "site.pub")
+    with pytest.raises(EnrollmentError, match="that of site 2 already"):
+        renew_node(world.folder, make_card("north", load_identity(north.identity, None), south.node))
+    _, node = create_node_key()
+    with pytest.raises(EnrollmentError, match="keeps its name"):
+        renew_node(world.folder, make_card("another", load_identity(north.identity, None), node))
+    stranger = SiteFolder(tmp_path / "stranger")
+    create_site(stranger, "stranger", os.urandom, None, deployed=True)
+    assert renew_node(world.folder, load_card(stranger.card)) is None  # it is enrolled instead
+    revoke_site(world.folder, 1)
+    assert renew_node(world.folder, rekey_site(north, os.urandom, None)) is None  # it does not come back
+
+
 # Jobs
 
 
@@ -263,9 +305,20 @@ def test_a_superlink_that_is_away_and_a_damaged_job_stop_nothing(world: World) -
     world.link.away = True
     world.look()
     world.link.away = False
-    (world.submit().wanted).write_text("{")
+    damaged, missing, empty = world.submit(), world.submit(), world.submit()
+    damaged.wanted.write_text("{")
+    missing.bundle.unlink()
+    empty.bundle.write_bytes(b"")
+    whole = world.submit()
     world.look(100)
     assert len(world.link.known) == 3
+    assert world.link.started == [whole.id]
+    assert {job.id for job in all_jobs(world.folder)} == {damaged.id, missing.id, empty.id, whole.id}
+    damaged.want(Wanted.RUNNING)  # mended
+    world.link.runs.clear()
+    write_fields(whole.ended, {"error": "over"})
+    world.look(100)
+    assert world.link.started == [whole.id, damaged.id]
 
 
 # Making one
