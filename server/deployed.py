@@ -47,6 +47,7 @@ from server.record import RoundEvent
 from server.report import write_report
 from server.rounds import Job, run
 
+_PATIENCE_SECONDS = 30.0
 app = ServerApp()
 site = ClientApp()  # a bundle must name one; no site runs it
 
@@ -56,16 +57,18 @@ def main(grid: Grid, context: Context) -> None:
     """Run, or go on with, the job that the bundle names."""
     folder = FederationFolder(Path(os.environ[FEDERATION]))
     job = find_job(folder, str(context.run_config["job"]))
-    try:
-        with job.locked():
+    # The one before may be about to end; and the keeper looks whether somebody is at work.
+    with job.locked(patience=_PATIENCE_SECONDS):
+        try:
             _run(folder, job, grid)
-    except ConfideError as error:
-        # It would fail again: the operator decides. The exit code tells what kind of failure it is.
-        write_fields(job.ended, {"error": str(error), "kind": type(error).__name__, "code": error.exit_code})
-        raise
-    except Exception:
-        write_fields(job.progress, {"stage": "failed", "error": traceback.format_exc(limit=-3)})
-        raise
+        except ConfideError as error:
+            # It would fail again: the operator decides. The exit code tells what kind of failure it is.
+            said = {"error": str(error), "kind": type(error).__name__, "code": error.exit_code}
+            write_fields(job.ended, said)
+            raise
+        except Exception:
+            write_fields(job.progress, {"stage": "failed", "error": traceback.format_exc(limit=-3)})
+            raise
 
 
 def _run(folder: FederationFolder, place: JobFolder, grid: Grid) -> None:

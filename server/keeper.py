@@ -31,6 +31,7 @@ class Keeper:
         self._clock = clock
         self._digests: dict[str, str] = {}  # job → hash of its bundle
         self._damaged: set[str] = set()
+        self._at_work = 0  # the run whose ServerApp was seen at work last
         self._waits: dict[str, float] = {}
         self._due: dict[str, float] = {}
         self._rounds: dict[str, int] = {}  # job → the round that its last start had come from
@@ -62,7 +63,7 @@ class Keeper:
         running = None
         for run, digest in unfinished.items():
             job = by_hash.get(digest)
-            if job is None or not _should_run(job) or running is not None:
+            if job is None or not _should_run(job) or running is not None or self._has_died(run, job):
                 _log.info("run %d stopped", run)
                 self._superlink.stop(run)
             else:
@@ -75,6 +76,14 @@ class Keeper:
         self._back_off(job)
         run = self._superlink.start(job.bundle.read_bytes())
         _log.info("job %s started as run %d", job.id, run)
+
+    def _has_died(self, run: int, job: JobFolder) -> bool:
+        """Whether the run's ServerApp was at work and is no more. SuperLink notices that itself, by
+        heartbeats that fail to come, but only after minutes."""
+        if job.is_worked_on():
+            self._at_work = run
+            return False
+        return self._at_work == run
 
     def _is_whole(self, job: JobFolder) -> bool:
         """A damaged job must not stop the others; it waits until somebody has mended it."""

@@ -7,11 +7,12 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.config import RunConfig, load_config
 from common.errors import CheckpointError
@@ -164,20 +165,26 @@ class RunFolder:
         return self.site(site_id) / "ledger.sqlite"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Inside: no other process works on this run.
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Inside: no other process works on this run. patience: seconds for another one to end.
 
         Raises:
             CheckpointError: another one does.
         """
+        end = time.monotonic() + patience
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CheckpointError(
-                    f"{self.path} is being worked on by another process: wait for it"
-                ) from None
+            while not _flock(file):
+                if time.monotonic() >= end:
+                    raise CheckpointError(f"{self.path} is being worked on by another process: wait for it")
+                time.sleep(0.2)
             yield
+
+    def is_worked_on(self) -> bool:
+        """Whether a process is inside `locked` now. Looking holds the lock for a moment itself."""
+        if not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open("r") as file:
+            return not _flock(file)
 
     def load_config(self) -> RunConfig:
         """The resolved configuration of this run."""
@@ -245,3 +252,12 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(asdict(event) for event in self.rounds())
         write_atomically(self.metrics, text.getvalue().encode())
+
+
+def _flock(file: IO[str]) -> bool:
+    """Whether the lock could be taken. It is given back when the file is closed, or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from client.identity import SiteFolder, create_node_key, create_site, rekey_site
 from common.bundle import read_bundle
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.identity import load_card, read_private
 from server.federation import (
     EnrollmentError,
@@ -289,6 +291,45 @@ def test_a_run_that_no_job_knows_is_stopped(world: World) -> None:
     world.link.runs[5] = "0" * 64
     world.look()
     assert world.link.runs == {}
+
+
+def test_a_serverapp_that_has_died_is_not_waited_for(world: World) -> None:
+    """Flower notices by missing heartbeats, after minutes: meanwhile every site would wait."""
+    job = world.submit()
+    world.look()
+    assert world.link.started == [job.id]
+    world.look(60)
+    assert world.link.started == [job.id]  # it may still be loading: nothing is known of it
+    with job.locked():
+        world.look(600)
+        assert len(world.link.runs) == 1
+    world.look()  # killed: its lock is free
+    assert world.link.runs == {}
+    world.look(FIRST_WAIT)
+    assert world.link.started == [job.id, job.id]
+    world.look(60)
+    assert len(world.link.runs) == 1  # the new one is given its time as well
+    with job.locked():
+        world.restart()  # a keeper that is started anew knows nothing of it
+        world.look()
+    world.look()
+    assert world.link.runs == {}
+
+
+def test_who_looks_whether_a_job_is_worked_on_stops_nobody(world: World) -> None:
+    job = world.submit()
+    assert not job.is_worked_on()
+    with job.locked():
+        assert job.is_worked_on()
+        with pytest.raises(CheckpointError, match="another process"), job.locked(patience=0.3):
+            pass
+    with (job.path / ".lock").open("r") as looking:
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        timer = threading.Timer(0.3, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+        timer.start()
+        with job.locked(patience=5):
+            assert job.is_worked_on()
+        timer.join()
 
 
 def test_two_runs_of_one_job_become_one(world: World) -> None:
