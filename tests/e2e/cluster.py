@@ -47,7 +47,7 @@ test = "public.jsonl"
 
 [privacy]
 sample_rate = 0.2
-nominal_records = 40
+nominal_records = {nominal}
 delta = 1e-3
 noise_multiplier = 2.0
 
@@ -96,7 +96,10 @@ def tiny_cluster(
 def write_job(cluster: Any, model: Path, rounds: int, deadline: float) -> Path:
     config: Path = cluster.folder / "job.toml"
     labels, name = json.dumps(list(LABELS)), json.dumps(str(model))
-    config.write_text(CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline))
+    nominal = 120 // cluster.sites
+    config.write_text(
+        CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline, nominal=nominal)
+    )
     return config
 
 
