@@ -357,6 +357,39 @@ def test_a_deployed_run_waits_for_enough_sites_and_calls_who_is_new(
     assert [1, 2] in calls  # too few: the run waited
 
 
+def test_after_a_round_without_a_sum_all_are_called_before_anybody_is_charged_again(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower takes a node that has just gone for a live one, for a minute."""
+    run = federation(give_up_after=0)
+    gone = {2, 4}
+    calls: list[list[int]] = []
+
+    def lost(request: wire.TrainRequest) -> wire.Message | Error:
+        return Error(3)
+
+    def hello(site: int, request: wire.Hello) -> wire.Message:
+        # They come back when they have been called twice in vain.
+        if len(calls) >= 3:
+            gone.clear()
+        return wire.Refusal(site, StatusCode.FAILED_INTERNAL) if site in gone and calls else wire.Hello(site)
+
+    good = {site: run.answers[site] for site in gone}
+    for site in (2, 4):
+        run.answers[site] = lambda request, site=site: lost(request) if site in gone else good[site](request)
+    monkeypatch.setattr(run, "hello", hello)
+    monkeypatch.setattr(rounds, "_WAIT_SECONDS", 0.0)
+    run.job = dataclasses.replace(
+        run.job,
+        names=lambda _: {n: n for n in range(1, SITES + 1)},
+        called=lambda present, absent: calls.append(present),
+    )
+    assert run.run().round == 2
+    assert calls == [[1, 2, 3, 4], [1, 3], [1, 3], [1, 2, 3, 4]]
+    assert [event.counted for event in run.job.folder.rounds()] == [True, False, True]
+    assert sorted(node for node, r in run.asked if r.round == 2) == [1, 2, 3, 4]
+
+
 def test_who_holds_an_older_roster_is_left_out_until_it_has_the_newer_one(
     federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
