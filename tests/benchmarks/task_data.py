@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,34 @@ def names(data: Path, folder: Path) -> Sections:
 
 
 def answers(data: Path, folder: Path) -> Sections:
-    """Questions on articles: every fourth article is public."""
+    """Questions on the answer's sentence and its neighbours; every fourth article is public."""
     articles = json.loads((data / "xquad" / "en.json").read_text("utf-8"))["data"]
     for part, chosen in {"train": (1, 2, 3), "test": (0,)}.items():
-        kept = [article for place, article in enumerate(articles) if place % 4 in chosen]
-        (folder / f"{part}.json").write_text(json.dumps({"data": kept}), "utf-8")
+        paragraphs = [
+            p for i, article in enumerate(articles) if i % 4 in chosen for p in article["paragraphs"]
+        ]
+        rows = [_near(p["context"], question) for p in paragraphs for question in p["qas"]]
+        _write_jsonl(folder / f"{part}.jsonl", rows)
+    columns = {"prompt": "question", "text": "context", "label": "answer", "start": "start"}
     return {
         "task": {"kind": "question-answering"},
-        "model": {"name": SAMPLE, "max_length": 256},
-        "data": _files(folder, "json") | {"prompt": "question", "text": "context", "label": "answers"},
+        "model": {"name": SAMPLE, "max_length": 160},
+        "data": _files(folder, "jsonl") | columns,
+    }
+
+
+def _near(context: str, question: dict[str, Any]) -> dict[str, Any]:
+    """The question, with as much of its context as the sentences around its answer."""
+    answer = question["answers"][0]
+    start, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+    breaks = [0, *(found.end() for found in re.finditer(r"[.!?] ", context)), len(context)]
+    first = [b for b in breaks if b <= start][-2:][0]
+    last = [b for b in breaks if b >= end][:2][-1]
+    return {
+        "question": question["question"],
+        "context": context[first:last],
+        "answer": answer["text"],
+        "start": start - first,
     }
 
 
@@ -88,7 +108,7 @@ def likeness(data: Path, folder: Path) -> Sections:
 
 
 def topics(data: Path, folder: Path) -> Sections:
-    """The topics of a question: those words of its intent's name that several intents share; half of the records."""
+    """The topics of a question: those words of its intent's name that several intents share."""
     for part in ("train", "test"):
         half = _bank(data, part)[::2]
         rows = [(text, "|".join(w for w in TOPICS if w in words(name))) for text, name in half]
@@ -194,7 +214,7 @@ def _write_pairs(
     rows: Callable[[list[tuple[str, str]], np.random.Generator], list[tuple[object, ...]]],
 ) -> None:
     for seed, part in enumerate(("train", "test")):
-        made = rows(_bank(data, part)[:: 1 + seed], np.random.default_rng(seed))
+        made = rows(_bank(data, part)[::2], np.random.default_rng(seed))
         _write_csv(folder / f"{part}.csv", ("first", "second", "value"), made)
 
 

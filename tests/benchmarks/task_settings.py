@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.benchmarks import task_data
 from tests.benchmarks.task_data import Sections, Writer
@@ -10,29 +10,32 @@ from tests.benchmarks.task_data import Sections, Writer
 
 @dataclass(frozen=True)
 class Work:
-    """`private` and `public` add to `common`, with and without privacy."""
+    """`private` and `public` add to `common`, with and without privacy; `peer` adds to `public` the rates at
+    which plain training does best."""
 
     write: Writer
     common: Sections
     private: Sections
     public: Sections
+    peer: Sections = field(default_factory=dict)
 
 
 MEAN: Sections = {"model": {"head": "mean"}, "adapter": {"layers": [-1]}, "run": {"rounds": 1}}
 
 
-def probe(steps: int, rate: float, epsilon: float = 7.5, rounds: int = 5) -> Sections:
+def probe(steps: int, rate: float, momentum: float = 0.8) -> Sections:
     """A warm-up of whole-site steps of the head, and one step of the adapter after it."""
     warmup = {
-        "rounds": rounds,
+        "rounds": 5,
         "local_steps": steps,
         "learning_rate": rate,
-        "target_epsilon": epsilon,
+        "momentum": momentum,
+        "target_epsilon": 7.5,
     }
-    return {"warmup": warmup, "training": {"local_steps": 1}}
+    return {"warmup": warmup, "training": {"local_steps": 1, "learning_rate": 0.1}}
 
 
-INTENTS = Work(task_data.intents, MEAN, probe(10, 20.0), probe(40, 20.0))
+INTENTS = Work(task_data.intents, MEAN, probe(10, 20.0), probe(40, 20.0), {"warmup": {"learning_rate": 10.0}})
 NAMES = Work(
     task_data.names,
     {"training": {"optimizer": "adam", "micro_batch": 64}},
@@ -63,15 +66,15 @@ ANSWERS = Work(
         "training": {"local_steps": 2, "learning_rate": 0.02},
     },
     {
-        "run": {"rounds": 10},
+        "run": {"rounds": 5},
         "privacy": {"sample_rate": 0.1},
-        "training": {"local_steps": 5, "learning_rate": 0.005},
+        "training": {"local_steps": 10, "learning_rate": 0.003},
     },
 )
-PAIRS = Work(task_data.pairs, MEAN, probe(10, 20.0), probe(40, 20.0))
-LIKENESS = Work(task_data.likeness, MEAN, probe(10, 1.0), probe(40, 1.0))
-TOPICS = Work(task_data.topics, MEAN, probe(10, 100.0), probe(40, 100.0))
-TUMOURS = Work(task_data.tumours, MEAN, probe(4, 10.0), probe(40, 10.0))
+PAIRS = Work(task_data.pairs, MEAN, probe(10, 20.0), probe(100, 0.3, 0.9))
+LIKENESS = Work(task_data.likeness, MEAN, probe(10, 0.1), probe(100, 0.02, 0.9))
+TOPICS = Work(task_data.topics, MEAN, probe(10, 20.0), probe(100, 8.0))
+TUMOURS = Work(task_data.tumours, MEAN, probe(4, 10.0), probe(100, 0.3, 0.9))
 TRANSLATION = Work(
     task_data.translation,
     {
@@ -81,13 +84,14 @@ TRANSLATION = Work(
     {
         "run": {"rounds": 4},
         "privacy": {"sample_rate": 0.5},
-        "training": {"local_steps": 4, "learning_rate": 0.01},
+        "training": {"local_steps": 3, "learning_rate": 0.015},
     },
     {
         "run": {"rounds": 10},
         "privacy": {"sample_rate": 0.1},
         "training": {"local_steps": 20, "learning_rate": 0.01},
     },
+    {"training": {"learning_rate": 0.003}},
 )
 DIALOGUE = Work(
     task_data.dialogue,
@@ -98,18 +102,23 @@ DIALOGUE = Work(
     {
         "run": {"rounds": 4},
         "privacy": {"sample_rate": 0.5},
-        "training": {"local_steps": 4, "learning_rate": 0.01},
+        "training": {"local_steps": 3, "learning_rate": 0.015},
     },
     {
         "run": {"rounds": 10},
         "privacy": {"sample_rate": 0.1},
         "training": {"local_steps": 20, "learning_rate": 0.01},
     },
+    {"training": {"learning_rate": 0.003}},
 )
 DIGITS = Work(
     task_data.digits,
     {
-        "adapter": {"rank": 64, "alpha": 64.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]},
+        "adapter": {
+            "rank": 64,
+            "alpha": 64.0,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+        },
         "training": {"optimizer": "adam", "micro_batch": 256},
     },
     {
@@ -120,8 +129,9 @@ DIGITS = Work(
     {
         "run": {"rounds": 10},
         "privacy": {"sample_rate": 0.2},
-        "training": {"local_steps": 20, "learning_rate": 0.01},
+        "training": {"local_steps": 20, "learning_rate": 0.005},
     },
+    {"training": {"learning_rate": 0.003}},
 )
 WORKS = {
     "one label": INTENTS,

@@ -114,7 +114,7 @@ def measure(name: str, data: Path) -> Row:
         private = federated(merged(files, work.common, work.private), private=True)
         public = federated(merged(files, work.common, work.public), private=False)
         config = configuration(merged(files, work.common, work.public), private=False)
-        peer = plain(config)
+        peer = plain(configuration(merged(files, work.common, work.public, work.peer), private=False))
         metric = private["metric"]
         before = (private["scores_initial"][metric], "before tuning")
         baseline, of = constant(split_data(config), config) or before
