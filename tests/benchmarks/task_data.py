@@ -47,7 +47,7 @@ def names(data: Path, folder: Path) -> Sections:
 
 
 def answers(data: Path, folder: Path) -> Sections:
-    """Questions on the answer's sentence and its neighbours; every fourth article is public."""
+    """Questions, each on the sentence that holds its answer; every fourth article is public."""
     articles = json.loads((data / "xquad" / "en.json").read_text("utf-8"))["data"]
     for part, chosen in {"train": (1, 2, 3), "test": (0,)}.items():
         paragraphs = [
@@ -58,18 +58,18 @@ def answers(data: Path, folder: Path) -> Sections:
     columns = {"prompt": "question", "text": "context", "label": "answer", "start": "start"}
     return {
         "task": {"kind": "question-answering"},
-        "model": {"name": SAMPLE, "max_length": 160},
+        "model": {"name": SAMPLE, "max_length": 128},
         "data": _files(folder, "jsonl") | columns,
     }
 
 
 def _near(context: str, question: dict[str, Any]) -> dict[str, Any]:
-    """The question, with as much of its context as the sentences around its answer."""
+    """The question, with the sentence of its context that holds the answer."""
     answer = question["answers"][0]
     start, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
     breaks = [0, *(found.end() for found in re.finditer(r"[.!?] ", context)), len(context)]
-    first = [b for b in breaks if b <= start][-2:][0]
-    last = [b for b in breaks if b >= end][:2][-1]
+    first = max(b for b in breaks if b <= start)
+    last = min(b for b in breaks if b >= end)
     return {
         "question": question["question"],
         "context": context[first:last],

@@ -60,15 +60,15 @@ ANSWERS = Work(
         "training": {"optimizer": "adam", "micro_batch": 32},
     },
     {
-        "run": {"rounds": 5},
+        "run": {"rounds": 4},
         "adapter": {"rank": 4, "layers": [-1]},
-        "privacy": {"sample_rate": 0.3},
-        "training": {"local_steps": 2, "learning_rate": 0.02},
+        "privacy": {"sample_rate": 0.4},
+        "training": {"local_steps": 1, "learning_rate": 0.02},
     },
     {
         "run": {"rounds": 5},
-        "privacy": {"sample_rate": 0.1},
-        "training": {"local_steps": 10, "learning_rate": 0.003},
+        "privacy": {"sample_rate": 0.06},
+        "training": {"local_steps": 8, "learning_rate": 0.003},
     },
 )
 PAIRS = Work(task_data.pairs, MEAN, probe(10, 20.0), probe(100, 0.3, 0.9))
