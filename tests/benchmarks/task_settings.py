@@ -23,7 +23,7 @@ class Work:
 MEAN: Sections = {"model": {"head": "mean"}, "adapter": {"layers": [-1]}, "run": {"rounds": 1}}
 
 
-def probe(steps: int, rate: float, momentum: float = 0.8) -> Sections:
+def probe(steps: int, rate: float, momentum: float = 0.8, adapter: float = 0.1) -> Sections:
     """A warm-up of whole-site steps of the head, and one step of the adapter after it."""
     warmup = {
         "rounds": 5,
@@ -32,10 +32,33 @@ def probe(steps: int, rate: float, momentum: float = 0.8) -> Sections:
         "momentum": momentum,
         "target_epsilon": 7.5,
     }
-    return {"warmup": warmup, "training": {"local_steps": 1, "learning_rate": 0.1}}
+    return {"warmup": warmup, "training": {"local_steps": 1, "learning_rate": adapter}}
 
 
-INTENTS = Work(task_data.intents, MEAN, probe(10, 20.0), probe(40, 20.0), {"warmup": {"learning_rate": 10.0}})
+INTENTS = Work(
+    task_data.intents,
+    MEAN,
+    probe(10, 20.0, adapter=1.0),
+    probe(40, 20.0, adapter=1.0),
+    {"warmup": {"learning_rate": 10.0}, "training": {"learning_rate": 0.1}},
+)
+# Ten sites of a thousand records: fifteen steps, each of a whole site, and nearly all of ε for the head.
+INTENTS_TEN = Work(
+    task_data.intents,
+    {**MEAN, "sites": {"count": 10}},
+    {
+        "warmup": {
+            "rounds": 5,
+            "local_steps": 3,
+            "learning_rate": 200.0,
+            "momentum": 0.0,
+            "target_epsilon": 7.8,
+        },
+        "training": {"local_steps": 1, "learning_rate": 0.1, "micro_batch": 250},
+    },
+    INTENTS.public,
+    INTENTS.peer,
+)
 NAMES = Work(
     task_data.names,
     {"training": {"optimizer": "adam", "micro_batch": 64}},
@@ -135,6 +158,7 @@ DIGITS = Work(
 )
 WORKS = {
     "one label": INTENTS,
+    "one label, ten sites": INTENTS_TEN,
     "names": NAMES,
     "answers": ANSWERS,
     "pairs": PAIRS,

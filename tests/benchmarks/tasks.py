@@ -1,4 +1,4 @@
-"""What every task of docs/tasks.md gives on three sites: at ε ≤ 8, without privacy, and trained on one pile.
+"""What every task of docs/tasks.md gives at ε ≤ 8, without privacy, and trained on the pooled records.
 
 `python tests/benchmarks/tasks.py DATA [NAME ...] [--json]`. DATA holds banking77/{train,test}.csv,
 wnut17/{train,test}.conll and xquad/en.json; two tasks need scikit-learn. A row has the chief metric on
@@ -9,7 +9,7 @@ public records of
 - the federation without clipping and noise, with secure aggregation;
 - plain training of the same adapter and head, by PEFT and torch, on the pooled records.
 
-Some minutes of one core for each row.
+Three sites, in one row ten. Some minutes of one core for each row.
 """
 
 from __future__ import annotations
