@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import re
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +97,19 @@ def make_bundle(job: str, config: RunConfig) -> bytes:
     return data
 
 
+# What `zipfile` and the decompressors behind it raise on bytes that are none of theirs.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+
+
 def read_bundle(data: bytes) -> Bundle:
     """What the bundle says, read from its bytes alone.
 
@@ -106,7 +121,7 @@ def read_bundle(data: bytes) -> Bundle:
     digest = hashlib.sha256(data).hexdigest()
     try:
         texts = {name: _text(name, raw) for name, raw in _files(data)}
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{digest[:12]} is no bundle of a job: {error!s:.200}") from None
     if texts.keys() != {JOB_FILE, PROJECT_FILE, MODULE_FILE}:
         found = ", ".join(sorted(texts)) or "nothing"
