@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -19,10 +19,19 @@ from client.training import check_shard, train
 from common import wire
 from common.adapter import Layout, check_vector
 from common.aggregation import context_of, policy_of
-from common.errors import ConfideError, ConfigError, OtherRosterError, ProtocolError, status_of
+from common.errors import (
+    ChargedError,
+    ConfideError,
+    ConfigError,
+    OtherRosterError,
+    ProtocolError,
+    status_of,
+)
 from common.ledger import Charge
+from common.ledger_errors import LedgerStorageError, RolledBackError, WitnessError
 from common.ledger_replay import Reservation, State
 from common.noise import NoiseStream
+from common.plan import RoundPlan
 from common.secagg.errors import Exchange
 from common.secagg.transcript import roster_hash
 
@@ -148,6 +157,30 @@ def _train(site: Site, request: wire.Message) -> wire.Message:
             events=plan.events,
         )
         reservation = site.ledger.reserve(charge, repeatable=site.repeatable_noise, once=True)
+    with _charged():
+        return _compute(site, request, plan, session, context, reservation)
+
+
+@contextlib.contextmanager
+def _charged() -> Iterator[None]:
+    """Inside, the round counts as charged: who keeps account of it must not be told of a refusal that costs
+    nothing. An update may not be finite; the ledger's disk may be full when the charge is written."""
+    try:
+        yield
+    except (ProtocolError, ConfigError, LedgerStorageError, WitnessError, RolledBackError) as error:
+        raise ChargedError(f"after the charge: {error}") from error
+
+
+def _compute(
+    site: Site,
+    request: wire.TrainRequest,
+    plan: RoundPlan,
+    session: bytes,
+    context: bytes,
+    reservation: Reservation | None,
+) -> wire.Message:
+    """Make the charge, train, keep the update, say "ready"."""
+    if site.ledger is not None and reservation is not None:
         reservation = site.ledger.start(reservation.id)
     # 4. Train, and measure where the federation has metrics on.
     noise = NoiseStream(site.noise_key(context))

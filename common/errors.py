@@ -73,6 +73,10 @@ class RoundError(ConfideError):
     exit_code = 8
 
 
+class ChargedError(ConfideError):
+    """Something failed after the site had charged itself. A refusal would say that it had not."""
+
+
 class StatusCode(Enum):
     """What a site tells the server when it does not do what was asked.
 

@@ -98,7 +98,8 @@ def open_job(
 
     def membership() -> Roster:
         newest = load_federation(folder)
-        write_atomically(place.roster, newest.encode())
+        if not place.roster.exists() or place.roster.read_bytes() != newest.encode():
+            write_atomically(place.roster, newest.encode())
         return newest.keys
 
     roster = membership()

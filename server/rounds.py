@@ -108,10 +108,8 @@ def run(job: Job, grid: Grid, watcher: Watcher) -> Checkpoint:
             curves.add(event)
             watcher.round_done(event)
             failed = 0 if event.counted else failed + 1
-            if (
-                not event.counted
-            ):  # all are called: who has gone would cost the others another round for nothing
-                sites = {} if job.names is not None else sites
+            if not event.counted and job.names is not None:
+                sites = {}  # call all: who has gone would cost the others another round for nothing
             if limit and failed == limit:
                 raise RoundError(
                     f"{failed} rounds on end had no sum of at least aggregation.min_cohort = "

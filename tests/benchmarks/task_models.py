@@ -15,6 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -52,9 +54,7 @@ def save_translator(folder: Path) -> Path:
         vocab_size=size, d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4, pad_token_id=0,
         eos_token_id=2, decoder_start_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        T5ForConditionalGeneration(config).save_pretrained(str(folder))
+    _save(T5ForConditionalGeneration, config, folder)
     return folder
 
 
@@ -64,9 +64,7 @@ def save_decoder(folder: Path) -> Path:
         vocab_size=size, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2,
         eos_token_id=2, bos_token_id=2,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        GPT2LMHeadModel(config).save_pretrained(str(folder))
+    _save(GPT2LMHeadModel, config, folder)
     return folder
 
 
@@ -75,8 +73,13 @@ def save_vision(folder: Path) -> Path:
         hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * WIDTH,
         image_size=8, patch_size=2, initializer_range=0.1,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        ViTModel(config).save_pretrained(str(folder))
+    _save(ViTModel, config, folder)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(str(folder))
     return folder
+
+
+def _save(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> None:
+    """The same random weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        kind(config).save_pretrained(str(folder))

@@ -98,41 +98,32 @@ PAIRS = Work(task_data.pairs, MEAN, probe(10, 20.0), probe(100, 0.3, 0.9))
 LIKENESS = Work(task_data.likeness, MEAN, probe(10, 0.1), probe(100, 0.02, 0.9))
 TOPICS = Work(task_data.topics, MEAN, probe(10, 20.0), probe(100, 8.0))
 TUMOURS = Work(task_data.tumours, MEAN, probe(4, 10.0), probe(100, 0.3, 0.9))
+LANGUAGE_ADAPTER = {"rank": 64, "alpha": 64.0}
+LANGUAGE_TRAINING: Sections = {"training": {"optimizer": "adam", "micro_batch": 256}}
+LANGUAGE_PRIVATE: Sections = {
+    "run": {"rounds": 4},
+    "privacy": {"sample_rate": 0.5},
+    "training": {"local_steps": 3, "learning_rate": 0.015},
+}
+LANGUAGE_PUBLIC: Sections = {
+    "run": {"rounds": 10},
+    "privacy": {"sample_rate": 0.1},
+    "training": {"local_steps": 20, "learning_rate": 0.01},
+}
+RANDOM_PEER: Sections = {"training": {"learning_rate": 0.003}}  # of models with random weights
 TRANSLATION = Work(
     task_data.translation,
-    {
-        "adapter": {"rank": 64, "alpha": 64.0, "target_modules": ["q", "k", "v", "o", "wi", "wo"]},
-        "training": {"optimizer": "adam", "micro_batch": 256},
-    },
-    {
-        "run": {"rounds": 4},
-        "privacy": {"sample_rate": 0.5},
-        "training": {"local_steps": 3, "learning_rate": 0.015},
-    },
-    {
-        "run": {"rounds": 10},
-        "privacy": {"sample_rate": 0.1},
-        "training": {"local_steps": 20, "learning_rate": 0.01},
-    },
-    {"training": {"learning_rate": 0.003}},
+    LANGUAGE_TRAINING | {"adapter": LANGUAGE_ADAPTER | {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}},
+    LANGUAGE_PRIVATE,
+    LANGUAGE_PUBLIC,
+    RANDOM_PEER,
 )
 DIALOGUE = Work(
     task_data.dialogue,
-    {
-        "adapter": {"rank": 64, "alpha": 64.0, "target_modules": ["c_attn", "c_proj", "c_fc"]},
-        "training": {"optimizer": "adam", "micro_batch": 256},
-    },
-    {
-        "run": {"rounds": 4},
-        "privacy": {"sample_rate": 0.5},
-        "training": {"local_steps": 3, "learning_rate": 0.015},
-    },
-    {
-        "run": {"rounds": 10},
-        "privacy": {"sample_rate": 0.1},
-        "training": {"local_steps": 20, "learning_rate": 0.01},
-    },
-    {"training": {"learning_rate": 0.003}},
+    LANGUAGE_TRAINING | {"adapter": LANGUAGE_ADAPTER | {"target_modules": ["c_attn", "c_proj", "c_fc"]}},
+    LANGUAGE_PRIVATE,
+    LANGUAGE_PUBLIC,
+    RANDOM_PEER,
 )
 DIGITS = Work(
     task_data.digits,
@@ -154,7 +145,7 @@ DIGITS = Work(
         "privacy": {"sample_rate": 0.2},
         "training": {"local_steps": 20, "learning_rate": 0.005},
     },
-    {"training": {"learning_rate": 0.003}},
+    RANDOM_PEER,
 )
 WORKS = {
     "one label": INTENTS,

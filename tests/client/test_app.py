@@ -21,9 +21,18 @@ from client.store import FileStore, drop_waiting, load_waiting
 from client.training import Shard
 from common import wire
 from common.aggregation import policy_of
-from common.errors import DataError, ModelError, PrivacyError, StatusCode
+from common.errors import (
+    ConfideError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PrivacyError,
+    ProtocolError,
+    StatusCode,
+)
 from common.features import FeatureCache
 from common.ledger import Charge
+from common.ledger_errors import LedgerStorageError, WitnessError
 from common.ledger_head import HEAD_BYTES, SignedHead
 from common.ledger_replay import State
 from common.noise import derived_key, fresh_key
@@ -333,6 +342,29 @@ def test_a_shard_smaller_than_a_batch_is_refused_and_not_charged(subject: Client
     asked = Client(dataclasses.replace(subject.site, shard=small))
     assert asked.ask(asked.request()) == wire.Refusal(3, StatusCode.REFUSED_PRIVACY)
     assert asked.charges == 0
+
+
+@pytest.mark.parametrize("where", ["start", "train", "keep"])
+@pytest.mark.parametrize("kind", [ProtocolError, ConfigError, LedgerStorageError, WitnessError])
+def test_what_fails_after_the_charge_is_no_refusal(
+    subject: Client, kind: type[ConfideError], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as an update that is not finite: to the server a refusal is a round without a charge."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("it went wrong")
+
+    assert subject.site.ledger is not None
+    match where:
+        case "start":  # the entry may be written, and its witness not
+            monkeypatch.setattr(subject.site.ledger, "start", fail)
+        case "train":
+            monkeypatch.setattr(client.app, "train", fail)
+        case _:
+            monkeypatch.setattr(client.app.exchanges, "keep", fail)
+    assert subject.ask(subject.request()) == wire.Refusal(3, StatusCode.FAILED_INTERNAL)
+    assert subject.charges == 1
+    assert "after the charge: " in subject.log and "it went wrong" in subject.log
 
 
 @pytest.mark.parametrize("fault", ["too long", "not finite"])
