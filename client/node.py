@@ -1,8 +1,11 @@
-"""Flower's SuperNode, which asks for messages more often: `python -m client.node SECONDS OPTIONS...`.
+"""Flower's SuperNode, changed in two places: `python -m client.node SECONDS OPTIONS...`.
 
-Left alone it rests three seconds between questions, and secure aggregation has five exchanges a round. Its
-resting time cannot be set, so the module that rests is given a clock that rests less. Nothing else of it is
-touched; where Flower moves it, the node only rests as long as before (tests/client/test_executor.py notices).
+It asks for messages more often. Left alone it rests three seconds between questions, and secure aggregation
+has five exchanges a round. Its resting time cannot be set, so the module that rests is given another clock.
+
+And it forgets a message whose run ends while it comes in (`forgetful`).
+
+Nothing else of it is touched; tests/client/test_executor.py notices where Flower moves it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flwr.supernode.start_client_internal as loop
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.cli import flower_supernode
 
 EXECUTOR_SECONDS = 0.1  # between looks whether the executor has answered: both are on this machine
@@ -51,9 +55,36 @@ class Clock:
         return getattr(time, name)
 
 
+def forgetful(pull: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Flower's `_pull_and_store_message`, which clears away a message whose run ends while its objects come.
+
+    Its task is open to the executor by then. Flower takes it back after an Exception, and that a run has
+    ended is none: the executor would wait for the rest of the message, and the node for the executor, for an
+    hour and more.
+    """
+
+    def pull_or_forget(**given: Any) -> int | None:
+        for name in ("pull_object", "confirm_message_received"):
+            given[name] = _failing(given[name])
+        return pull(**given)
+
+    return pull_or_forget
+
+
+def _failing(ask: Callable[..., Any]) -> Callable[..., Any]:
+    def asked(*arguments: Any) -> Any:
+        try:
+            return ask(*arguments)
+        except RunNotRunningException:
+            raise RuntimeError("its run has ended") from None
+
+    return asked
+
+
 def main() -> None:
     longest = float(sys.argv.pop(1))
     vars(loop)["time"] = Clock(longest)
+    vars(loop)["_pull_and_store_message"] = forgetful(loop._pull_and_store_message)
     flower_supernode()
 
 

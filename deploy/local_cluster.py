@@ -65,7 +65,7 @@ class Network:
         _ip("-n", f"{self.name}-net", "link", "add", "bridge", "type", "bridge")
         _ip("-n", f"{self.name}-net", "link", "set", "bridge", "up")
         for number in range(sites + 1):  # 0: the server
-            self._join(number)
+            self.join(number)
 
     def _add(self, role: str) -> str:
         space = f"{self.name}-{role}"
@@ -74,7 +74,10 @@ class Network:
         _ip("-n", space, "link", "set", "lo", "up")
         return space
 
-    def _join(self, number: int) -> None:
+    def join(self, number: int) -> None:
+        """A machine more: a namespace of its own, on the bridge."""
+        if not self.namespaces:
+            return
         space = self._add(str(number))
         net = f"{self.name}-net"
         _ip("-n", net, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", space)

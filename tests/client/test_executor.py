@@ -20,11 +20,13 @@ import httpx
 import pytest
 import uvicorn
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
@@ -33,7 +35,7 @@ from client import executor
 from client.bundles import admit, keep_pending, pending
 from client.executor import Node, Worksites, claim, execute, work
 from client.identity import SiteFolder, create_site
-from client.node import BUSY_FOR, BUSY_SECONDS, EXECUTOR_SECONDS, Clock
+from client.node import BUSY_FOR, BUSY_SECONDS, EXECUTOR_SECONDS, Clock, forgetful
 from client.policy import Code, SitePolicy
 from client.site import Site
 from common import wire
@@ -60,16 +62,52 @@ class RunningNode:
 
     def ask(self, message_type: str = "query.hello", fab: bytes = BUNDLE, said: str | None = None) -> None:
         """As SuperNode does when a message has come: run, bundle, context and task, then the message."""
+        digest = self.know(fab, said)
+        assert self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN, fab_hash=digest)
+        node_loop._insert_message(self.message(message_type), self.state, self.state.object_store)
+
+    def know(self, fab: bytes = BUNDLE, said: str | None = None) -> str:
+        """Run, bundle and context; the bundle's hash."""
         digest = said if said is not None else hashlib.sha256(fab).hexdigest()
         run = dataclasses.replace(Run.create_empty(RUN), fab_hash=digest, series_id=3)
         self.state.set_node_id(HERE)
         self.state.set_run_series_context(3, Context(RUN, HERE, {}, RecordDict(), {}))
         self.state.store_run(run)
         self.state.store_fab(Fab(digest, fab, {}))
-        assert self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN, fab_hash=digest)
+        return digest
+
+    def message(self, message_type: str = "query.hello") -> Message:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SUPERLINK_NODE_ID, 1
-        message = Message(wire.encode(wire.Hello(0)), HERE, message_type)
-        node_loop._insert_message(message, self.state, self.state.object_store)
+        return Message(wire.encode(wire.Hello(0)), HERE, message_type)
+
+    def receive(self, fail_at: str = "") -> int | None:
+        """SuperNode's own way with a message that comes in; its run ends at the call `fail_at`."""
+        self.know()
+        message = self.message()
+        message.metadata.__dict__["_message_id"] = message.object_id
+        objects = {name: found.deflate() for name, found in get_all_nested_objects(message).items()}
+
+        def pull_object(run: int, name: str) -> bytes:
+            if fail_at == "pull_object":
+                raise RunNotRunningException
+            return objects[name]
+
+        def confirm(run: int, name: str) -> None:
+            if fail_at == "confirm":
+                raise RunNotRunningException
+
+        tree = get_object_tree(message)
+        return forgetful(node_loop._pull_and_store_message)(
+            state=self.state,
+            object_store=self.state.object_store,
+            node_config={},
+            receive=lambda: (remove_content_from_message(message), tree),
+            get_run=None,
+            get_fab=None,
+            pull_object=pull_object,
+            confirm_message_received=confirm,
+            trusted_entities=None,
+        )
 
     def answers(self) -> list[Message]:
         return list(self.state.get_messages_legacy(is_reply=True))
@@ -245,7 +283,34 @@ def test_two_executors_do_not_share_a_folder(folder: SiteFolder) -> None:
             pass
 
 
-# What the node's faster clock leans on
+# What the changes to the node lean on
+
+
+def test_a_message_that_came_in_is_a_task(running: RunningNode) -> None:
+    assert running.receive() == RUN
+    task, token = claim(running.node.claimer())
+    assert task is not None
+    sites = Refusing()
+    work(running.node, task, token, sites)
+    assert sites.asked == [(BUNDLE, DIGEST)]
+
+
+@pytest.mark.parametrize("moment", ["pull_object", "confirm"])
+def test_a_message_whose_run_ended_while_it_came_leaves_nothing_to_wait_for(
+    running: RunningNode, moment: str
+) -> None:
+    """Seen in chaos: a job was started again just as its sites fetched a message, and all hung on it."""
+    assert running.receive(moment) is None
+    assert claim(running.node.claimer()) == (None, "")
+    assert running.state.get_messages_legacy(is_reply=False) == []
+    assert running.receive() == RUN
+    assert claim(running.node.claimer())[0] is not None
+
+
+def test_the_node_still_takes_in_messages_by_the_function_that_is_wrapped() -> None:
+    assert "_pull_and_store_message(" in inspect.getsource(node_loop.start_client_internal)
+    wanted = {"pull_object", "confirm_message_received"}
+    assert wanted <= inspect.signature(node_loop._pull_and_store_message).parameters.keys()
 
 
 def test_the_node_still_rests_by_the_module_that_is_given_a_faster_clock() -> None:

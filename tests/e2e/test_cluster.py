@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from client.identity import SiteFolder, load_local_key
-from tests.e2e.cluster import ROLES, check_end, children, kill, named, rounds_of, tiny_cluster, until
+from tests.e2e.cluster import (
+    ROLES,
+    charges,
+    check_end,
+    children,
+    kill,
+    named,
+    rounds_of,
+    tiny_cluster,
+    until,
+)
 from tests.e2e.command import ROOT
 
 pytestmark = pytest.mark.timeout(900)
@@ -279,3 +289,42 @@ def _absent(cluster: Any, job: str) -> dict[str, str]:
     except (OSError, ValueError, KeyError):
         return {}
     return dict(found)
+
+
+@pytest.mark.slow
+def test_a_site_comes_in_and_another_goes_while_a_job_runs(
+    bert_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Site 4 takes over the records of site 3 under a key of its own, with no process started anew."""
+    rounds = 6
+    with tiny_cluster(tmp_path / "c", bert_folder, data_file, rounds=rounds, deadline=30) as (cluster, job):
+        cluster.start_all()
+        until(lambda: len(rounds_of(cluster, job)) >= 2, 240, "the first round")
+        cluster.network.join(4)
+        cluster.sites = 4
+        cluster.confide("client", "init", cluster.site(4))
+        cluster.confide("server", "enroll", cluster.site(4) / "site.pub", "--federation", cluster.server)
+        cluster.confide("server", "revoke", cluster.server, "--id", "3")
+        authority = json.loads(cluster.confide("server", "roster", cluster.server, "--json"))
+        kit = cluster.folder / "4.kit.tar"
+        cluster.confide("server", "kit", cluster.server, "4", "--to", kit)
+        finger = authority["authority_fingerprint"]
+        cluster.confide("client", "join", cluster.site(4), kit, "--authority", finger)
+        cluster.give_records(4, cluster.folder / "records-3.jsonl")
+        cluster.approve(job, [4])
+        cluster.start(4)
+        # The others have the old roster still: the job waits for them, and nobody is charged meanwhile.
+        until(lambda: "refused-roster" in _absent(cluster, job).values(), 120, "a roster that lags")
+        before = [charges(cluster, number, job) for number in (1, 2, 4)]
+        time.sleep(10)
+        assert [charges(cluster, number, job) for number in (1, 2, 4)] == before
+        for number in (1, 2):
+            cluster.confide("client", "pin", cluster.site(number), cluster.server / "roster.json")
+        cluster.wait(job, 500)
+        check_end(cluster, job, rounds, sites=4)
+        last = [event for event in rounds_of(cluster, job) if event["counted"]][-1]
+        assert last["round"] == rounds and last["answered"] == 3
+        assert rounds in charges(cluster, 4, job)
+        assert rounds not in charges(cluster, 3, job) and charges(cluster, 3, job)
+        status = cluster.status()
+        assert [site["site"] for site in status["sites"] if site["node"] == "online"] == [1, 2, 4]
