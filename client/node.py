@@ -1,27 +1,33 @@
-"""Flower's SuperNode, changed in two places: `python -m client.node SECONDS OPTIONS...`.
+"""Flower's SuperNode, changed in three places: `python -m client.node SECONDS OPTIONS...`.
 
 It asks for messages more often. Left alone it rests three seconds between questions, and secure aggregation
 has five exchanges a round. Its resting time cannot be set, so the module that rests is given another clock.
 
-And it forgets a message whose run ends while it comes in (`forgetful`).
+It forgets a message whose run ends while it comes in (`forgetful`), and waits for no answer that cannot come
+(`attentive`). Else a killed job or executor could leave the whole site waiting, for an hour or for ever.
 
 Nothing else of it is touched; tests/client/test_executor.py notices where Flower moves it.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import flwr.supernode.start_client_internal as loop
+from flwr.common.constant import Status
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.cli import flower_supernode
 
 EXECUTOR_SECONDS = 0.1  # between looks whether the executor has answered: both are on this machine
 BUSY_SECONDS = 0.25  # between questions to the server while a round is likely to be going on
 BUSY_FOR = 20.0  # seconds after the last answer
+PART_SECONDS = 60.0  # for the rest of an answer that the executor has begun to hand over
+_OPEN = (Status.PENDING, Status.STARTING, Status.RUNNING)
+_log = logging.getLogger("confide.node")
 
 
 class Clock:
@@ -59,8 +65,7 @@ def forgetful(pull: Callable[..., int | None]) -> Callable[..., int | None]:
     """Flower's `_pull_and_store_message`, which clears away a message whose run ends while its objects come.
 
     Its task is open to the executor by then. Flower takes it back after an Exception, and that a run has
-    ended is none: the executor would wait for the rest of the message, and the node for the executor, for an
-    hour and more.
+    ended is none: the executor would wait for the rest of the message, and the node for the executor.
     """
 
     def pull_or_forget(**given: Any) -> int | None:
@@ -81,10 +86,70 @@ def _failing(ask: Callable[..., Any]) -> Callable[..., Any]:
     return asked
 
 
+class NoAnswerError(Exception):
+    """What is waited for cannot come: the executor has given its task up."""
+
+
+def attentive(push: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:
+    """Flower's `_push_messages`, which ends when no answer can come any more; the message is forgotten then.
+
+    It waits until there is an answer, then until all its parts are there. An executor that was killed just
+    as it took a task or halfway through its answer, or that failed before it had one, leaves none.
+    """
+
+    def push_or_forget(**given: Any) -> None:
+        state, store = given["state"], given["object_store"]
+        try:
+            push(**given | {"state": _Answers(state), "object_store": _Parts(store, clock)})
+        except NoAnswerError:
+            _log.warning("the executor gave a task up without an answer")
+            state.delete_messages()  # there is one message at a time
+            store.clear()
+
+    return push_or_forget
+
+
+class _Answers:
+    """The node's state, which says when no answer can come any more."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def get_messages_legacy(self, **asked: Any) -> Any:
+        # In this order: an answer is handed over before its task is done.
+        still_open = self._state.get_tasks(statuses=_OPEN)
+        found = self._state.get_messages_legacy(**asked)
+        if not found and not still_open:
+            raise NoAnswerError
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+class _Parts:
+    """The node's objects, which says when the rest of an answer does not come."""
+
+    def __init__(self, store: Any, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._clock = clock
+        self._since: dict[str, float] = {}
+
+    def get(self, name: str) -> bytes | None:
+        content: bytes | None = self._store.get(name)
+        if content == b"" and self._clock() - self._since.setdefault(name, self._clock()) > PART_SECONDS:
+            raise NoAnswerError("the executor gave up in the middle of its answer")
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
 def main() -> None:
     longest = float(sys.argv.pop(1))
     vars(loop)["time"] = Clock(longest)
     vars(loop)["_pull_and_store_message"] = forgetful(loop._pull_and_store_message)
+    vars(loop)["_push_messages"] = attentive(loop._push_messages)
     flower_supernode()
 
 

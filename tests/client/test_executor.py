@@ -11,8 +11,9 @@ import inspect
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import flwr.supernode.start_client_internal as node_loop
@@ -22,20 +23,24 @@ import uvicorn
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
+from flwr.supernode.runtime import run_clientapp
 
 from client import executor
 from client.bundles import admit, keep_pending, pending
 from client.executor import Node, Worksites, claim, execute, work
 from client.identity import SiteFolder, create_site
-from client.node import BUSY_FOR, BUSY_SECONDS, EXECUTOR_SECONDS, Clock, forgetful
+from client.node import BUSY_FOR, BUSY_SECONDS, EXECUTOR_SECONDS, PART_SECONDS, Clock, attentive, forgetful
 from client.policy import Code, SitePolicy
 from client.site import Site
 from common import wire
@@ -79,6 +84,28 @@ class RunningNode:
     def message(self, message_type: str = "query.hello") -> Message:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SUPERLINK_NODE_ID, 1
         return Message(wire.encode(wire.Hello(0)), HERE, message_type)
+
+    def send(self, now: Callable[[], float] = time.monotonic) -> list[Message]:
+        """SuperNode's own way with the answers that it waits for: what it would have sent."""
+        sent: list[Message] = []
+
+        def send(message: Message, tree: ObjectTree, seconds: float) -> tuple[set[str], str]:
+            sent.append(message)
+            return {tree.object_id}, "session"
+
+        attentive(node_loop._push_messages, now)(
+            state=self.state,
+            object_store=self.state.object_store,
+            send=send,
+            push_object=lambda run, session, name, content: None,
+        )
+        return sent
+
+    def is_empty(self) -> bool:
+        """Nothing is left of a message: the next one is taken in and worked on."""
+        assert not self.state.get_messages_legacy()
+        assert self.receive() == RUN
+        return claim(self.node.claimer())[0] is not None
 
     def receive(self, fail_at: str = "") -> int | None:
         """SuperNode's own way with a message that comes in; its run ends at the call `fail_at`."""
@@ -307,10 +334,67 @@ def test_a_message_whose_run_ended_while_it_came_leaves_nothing_to_wait_for(
     assert claim(running.node.claimer())[0] is not None
 
 
-def test_the_node_still_takes_in_messages_by_the_function_that_is_wrapped() -> None:
-    assert "_pull_and_store_message(" in inspect.getsource(node_loop.start_client_internal)
-    wanted = {"pull_object", "confirm_message_received"}
-    assert wanted <= inspect.signature(node_loop._pull_and_store_message).parameters.keys()
+def test_an_answer_is_sent_on(running: RunningNode) -> None:
+    running.receive()
+    task, token = claim(running.node.claimer())
+    assert task is not None
+    work(running.node, task, token, Refusing())
+    (sent,) = running.send()
+    assert not sent.has_error()
+    assert running.is_empty()
+
+
+def test_an_executor_that_fails_before_it_has_the_message_is_not_waited_for(
+    running: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.receive()
+    task, token = claim(running.node.claimer())
+    assert task is not None
+
+    def fails(runtime: RuntimeHttpClient) -> None:
+        runtime.PullTaskInput(PullTaskInputRequest())
+        raise RuntimeError
+
+    monkeypatch.setattr(executor, "pull_task_input", fails)
+    with pytest.raises(RuntimeError):
+        work(running.node, task, token, Refusing())
+    assert running.send() == []
+    assert running.is_empty()
+
+
+def test_an_executor_that_is_killed_as_it_takes_a_task_is_not_waited_for(running: RunningNode) -> None:
+    running.receive()
+    _, token = claim(running.node.claimer())
+    running.node.worker(token).PullTaskInput(PullTaskInputRequest())
+    for record in running.state.task_token_store.values():  # no heartbeat for long
+        record.active_until -= timedelta(days=1)
+    assert running.send() == []
+    assert running.is_empty()
+
+
+def test_an_executor_that_is_killed_in_the_middle_of_its_answer_is_not_waited_for(
+    running: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.receive()
+    task, token = claim(running.node.claimer())
+    assert task is not None
+    monkeypatch.setattr(run_clientapp, "push_objects", lambda *given, **more: None)
+    work(running.node, task, token, Refusing())
+    times = iter([0.0, 0.0, PART_SECONDS / 2, PART_SECONDS + 1, PART_SECONDS + 2])
+    (begun,) = running.send(lambda: next(times))
+    assert not begun.has_error()
+    assert running.is_empty()
+
+
+def test_the_node_still_works_by_the_functions_that_are_wrapped() -> None:
+    source = inspect.getsource(node_loop.start_client_internal)
+    wanted = {
+        "_pull_and_store_message": {"pull_object", "confirm_message_received"},
+        "_push_messages": {"state", "object_store"},
+    }
+    for name, given in wanted.items():
+        assert f"{name}(" in source
+        assert given <= inspect.signature(getattr(node_loop, name)).parameters.keys()
 
 
 def test_the_node_still_rests_by_the_module_that_is_given_a_faster_clock() -> None:
