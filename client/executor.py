@@ -33,6 +33,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime import run_clientapp
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 import client.app
@@ -42,6 +43,7 @@ from client.site import Site
 from client.worksite import Worksite
 from common.errors import CheckpointError
 from common.identity import read_private
+from common.parts import hurry
 
 POLL_SECONDS = 0.1
 _AWAY_SECONDS = 1.0  # between questions to a node that is not there
@@ -125,6 +127,8 @@ def execute(
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Take tasks, one after another, until `ended` says so. A node that is away is waited for."""
+    # A task is given out before its message is whole.
+    hurry(run_clientapp, "pull_and_inflate_object_from_tree")
     claimer = node.claimer()
     try:
         while not ended():

@@ -1,7 +1,8 @@
 """Flower's SuperNode, changed in three places: `python -m client.node SECONDS OPTIONS...`.
 
-It asks for messages more often. Left alone it rests three seconds between questions, and secure aggregation
-has five exchanges a round. Its resting time cannot be set, so the module that rests is given another clock.
+It asks more often, for messages and for their parts. Left alone it rests three seconds between questions,
+and secure aggregation has five exchanges a round. Its resting time cannot be set, so the module that rests is
+given another clock.
 
 It forgets a message whose run ends while it comes in (`forgetful`), and waits for no answer that cannot come
 (`attentive`). Else a killed job or executor could leave the whole site waiting, for an hour or for ever.
@@ -21,6 +22,8 @@ import flwr.supernode.start_client_internal as loop
 from flwr.common.constant import Status
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.cli import flower_supernode
+
+from common.parts import hurry
 
 EXECUTOR_SECONDS = 0.1  # between looks whether the executor has answered: both are on this machine
 BUSY_SECONDS = 0.25  # between questions to the server while a round is likely to be going on
@@ -149,6 +152,7 @@ def main() -> None:
     longest = float(sys.argv.pop(1))
     vars(loop)["time"] = Clock(longest)
     vars(loop)["_pull_and_store_message"] = forgetful(loop._pull_and_store_message)
+    hurry(loop, "pull_objects")
     vars(loop)["_push_messages"] = attentive(loop._push_messages)
     flower_supernode()
 

@@ -22,6 +22,7 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 
 from common.aggregation import setting_of
 from common.config import RunConfig
@@ -32,6 +33,7 @@ from common.export import PrivacyClaim, export_adapter
 from common.features import FeatureCache
 from common.files import write_atomically
 from common.models import AdaptedModel, load_model
+from common.parts import hurry
 from common.plan import make_plan, plan_digest
 from common.privacy import epsilon_pld, epsilon_rdp
 from common.secagg.errors import Exchange
@@ -78,9 +80,16 @@ def _run(folder: FederationFolder, place: JobFolder, grid: Grid) -> None:
     watcher = Progress(place, time.time)
     watcher.say("loading")
     job = open_job(folder, place, lambda live: _names(folder, live), watcher.called)
+    # No answer of another site is taken in while the parts of one are waited for: it must end.
+    hurry(http_grid, "pull_objects", longest_wait(job.config))
     end = run(job, grid, watcher)
     watcher.say("exporting")
     finish(job, place, end, time.monotonic() - began)
+
+
+def longest_wait(config: RunConfig) -> float:
+    """Seconds for the parts of an answer that a site has announced: what it has for all of it."""
+    return max(config.server.deadline_seconds, config.aggregation.deadline_seconds)
 
 
 def open_job(
