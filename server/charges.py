@@ -11,7 +11,7 @@ from server.record import ASKED, RunFolder, SiteRound
 
 # Answers that say that nothing was charged; see the order of checks in client/app.py. "refused-repeat" is
 # none: the round was charged before, perhaps to a server that died before it could record that.
-_FREE = {
+FREE = {
     StatusCode.REFUSED_BUDGET.value,
     StatusCode.REFUSED_POLICY.value,
     StatusCode.REFUSED_PRIVACY.value,
@@ -56,6 +56,6 @@ def record_fates(
     """One line a site. It charges itself before it trains: what is not a refusal may have cost this much."""
     events = [event.to_json() for event in plan.events]
     for site, status in sorted({**trained.refused, **fates}.items()):
-        free = site in trained.refused and status in _FREE and site not in owed
+        free = site in trained.refused and status in FREE and site not in owed
         up, down = trained.bytes_up.get(site, 0), trained.bytes_down.get(site, 0)
         folder.append(SiteRound(number, site, status, up, down, [] if free else events))

@@ -15,11 +15,8 @@ from common.privacy import SampledGaussianEvent, epsilon_rdp
 from common.report_style import (
     number,
 )
+from server.charges import FREE
 from server.record import RoundEvent, RunFolder, SessionEnd, SiteRound
-
-# A site gives these before it charges itself. After any other failure it may have been charged, although
-# the server never saw an update.
-_NOT_CHARGED = frozenset({"refused-budget", "refused-config", "refused-policy", "refused-protocol"})
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def _accounts(
                 position += 1
                 if part.events:
                     spent.update(SampledGaussianEvent.from_json(event) for event in part.events)
-                elif part.status != "ok" and part.status not in _NOT_CHARGED and this <= len(plan.rounds):
+                elif part.status != "ok" and part.status not in FREE and this <= len(plan.rounds):
                     perhaps.update(plan.round(this).events)
             epsilon[this] = _epsilon(frozenset(spent.items()), plan.delta)
         return Account(
