@@ -18,6 +18,7 @@ from common.config import parse_config
 from common.errors import CheckpointError
 from common.plan import make_plan
 from common.privacy import epsilon_rdp, epsilon_text
+from server.charges import FREE
 from server.record import ASKED, RoundEvent, RunFolder, SiteRound
 from server.report import write_report
 
@@ -220,6 +221,14 @@ def test_a_late_site_may_have_spent_what_the_server_did_not_see(tmp_path: Path) 
         ["none", everything, everything],
     ]
     assert "1 site may have spent more than the events show" in Reader(text).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_the_claim_takes_for_free_the_report_does(tmp_path: Path) -> None:
+    for number, code in enumerate(sorted(FREE)):
+        place = tmp_path / str(number)
+        folder = make_run(place, status=lambda site, round, code=code: code if round == 4 else "ok")
+        assert "may have spent more than" not in Reader(page(folder)).text, code
 
 
 @pytest.mark.usefixtures("undrawn")
