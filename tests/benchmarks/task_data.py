@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.task_models import ENGLISH, FOREIGN, save_decoder, save_translator, save_vision
+from tests.benchmarks.task_models import ENGLISH, save_decoder, save_translator, save_vision, sentences
 
 Sections = dict[str, dict[str, Any]]
 Writer = Callable[[Path, Path], Sections]
@@ -144,7 +144,7 @@ def tumours(data: Path, folder: Path) -> Sections:
 
 
 def translation(data: Path, folder: Path) -> Sections:
-    """Sentences of a made-up language, with another order of words. The model has random weights."""
+    """Sentences of a made-up language, which the model knows, in an order of words that it does not."""
     _write_sentences(folder, 3000, 500)
     return {
         "task": {"kind": "sequence-to-sequence"},
@@ -154,7 +154,7 @@ def translation(data: Path, folder: Path) -> Sections:
 
 
 def dialogue(data: Path, folder: Path) -> Sections:
-    """Questions for a translation, answered by a decoder with random weights."""
+    """The same of a decoder: prompts for a translation, and answers."""
     _write_sentences(folder, 3000, 500)
     return {
         "task": {"kind": "causal-lm"},
@@ -164,20 +164,18 @@ def dialogue(data: Path, folder: Path) -> Sections:
 
 
 def digits(data: Path, folder: Path) -> Sections:
-    """Handwritten digits of 8 by 8 pixels. The model has random weights."""
+    """Handwritten digits of 8 by 8 pixels, for a model that has learnt others in a mirror."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.images))
-    for part, chosen in {"test": order[:360], "train": order[360:]}.items():
-        rows = [
-            {"text": (bunch.images[i] * 15.9).astype(int).tolist(), "label": str(bunch.target[i])}
-            for i in chosen
-        ]
+    images, digits = (bunch.images * 15.9).astype(int), bunch.target
+    order = np.random.default_rng(0).permutation(len(images))
+    for part, chosen in {"test": order[:360], "train": order[360:1360]}.items():
+        rows = [{"text": images[i].tolist(), "label": str(digits[i])} for i in chosen]
         _write_jsonl(folder / f"{part}.jsonl", rows)
     return {
         "task": {"kind": "image-classification", "labels": [str(digit) for digit in range(10)]},
-        "model": {"name": str(save_vision(folder / "model"))},
+        "model": {"name": str(save_vision(folder / "model", images[order[1360:]], digits[order[1360:]]))},
         "data": _files(folder, "jsonl"),
     }
 
@@ -223,12 +221,10 @@ def _write_sentences(folder: Path, train: int, test: int) -> None:
     size = len(ENGLISH[0])
     chosen = np.random.default_rng(0).choice(size**3, train + test, replace=False)
     places = [(int(i) // size**2, int(i) // size % size, int(i) % size) for i in chosen]
+    table = sentences(places, (2, 0, 1))
     rows = [
-        {
-            "english": " ".join(part[i] for part, i in zip(ENGLISH, place, strict=True)),
-            "foreign": " ".join(FOREIGN[i][place[i]] for i in (2, 0, 1)),
-        }
-        for place in places
+        {"english": english, "foreign": foreign}
+        for english, foreign in zip(table.prompt or (), table.text, strict=True)
     ]
     _write_jsonl(folder / "test.jsonl", rows[:test])
     _write_jsonl(folder / "train.jsonl", rows[test:])
