@@ -88,7 +88,8 @@ def save_vision(folder: Path, images: NDArray[np.float64], digits: NDArray[np.in
     seen = torch.tensor(images[:, :, ::-1].copy(), dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     pixels, targets = seen / 127.5 - 1, torch.tensor(digits)
     head = torch.nn.Linear(WIDTH, 10)
-    torch.nn.init.zeros_(head.weight)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
 
     def loss(chosen: NDArray[np.int64]) -> torch.Tensor:
         outputs = model(pixel_values=pixels[chosen]).last_hidden_state[:, 0]
@@ -146,8 +147,10 @@ def _teach(
     rng = np.random.default_rng(7)
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
     model.train()
-    for _ in range(LESSONS):
-        optimizer.zero_grad()
-        loss(rng.integers(0, count, 128)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)  # of dropout
+        for _ in range(LESSONS):
+            optimizer.zero_grad()
+            loss(rng.integers(0, count, 128)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
     model.eval()
