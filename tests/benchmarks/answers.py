@@ -59,7 +59,7 @@ max_grad_norm = 1.0
 [training]
 local_steps = 2
 optimizer = "sgd"
-learning_rate = 6.0
+learning_rate = 14.0
 
 [evaluation]
 every = 0

@@ -89,9 +89,10 @@ ANSWERS = Work(
         "training": {"local_steps": 1, "learning_rate": 0.02},
     },
     {
-        "run": {"rounds": 5},
+        "run": {"rounds": 16},
+        "adapter": {"method": "lora"},
         "privacy": {"sample_rate": 0.06},
-        "training": {"local_steps": 8, "learning_rate": 0.003},
+        "training": {"local_steps": 5, "learning_rate": 0.003},
     },
 )
 PAIRS = Work(task_data.pairs, MEAN, probe(10, 20.0), probe(100, 0.3, 0.9))
@@ -110,20 +111,20 @@ LANGUAGE_PUBLIC: Sections = {
     "privacy": {"sample_rate": 0.1},
     "training": {"local_steps": 20, "learning_rate": 0.01},
 }
-RANDOM_PEER: Sections = {"training": {"learning_rate": 0.003}}  # of models with random weights
+SLOWER_PEER: Sections = {"training": {"learning_rate": 0.003}}
 TRANSLATION = Work(
     task_data.translation,
     LANGUAGE_TRAINING | {"adapter": LANGUAGE_ADAPTER | {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}},
     LANGUAGE_PRIVATE,
     LANGUAGE_PUBLIC,
-    RANDOM_PEER,
+    SLOWER_PEER,
 )
 DIALOGUE = Work(
     task_data.dialogue,
     LANGUAGE_TRAINING | {"adapter": LANGUAGE_ADAPTER | {"target_modules": ["c_attn", "c_proj", "c_fc"]}},
-    LANGUAGE_PRIVATE,
+    LANGUAGE_PRIVATE | {"training": {"local_steps": 3, "learning_rate": 0.03}},
     LANGUAGE_PUBLIC,
-    RANDOM_PEER,
+    SLOWER_PEER,
 )
 DIGITS = Work(
     task_data.digits,
@@ -145,7 +146,7 @@ DIGITS = Work(
         "privacy": {"sample_rate": 0.2},
         "training": {"local_steps": 20, "learning_rate": 0.005},
     },
-    RANDOM_PEER,
+    SLOWER_PEER,
 )
 WORKS = {
     "one label": INTENTS,
