@@ -327,4 +327,4 @@ def test_a_site_comes_in_and_another_goes_while_a_job_runs(
         assert rounds in charges(cluster, 4, job)
         assert rounds not in charges(cluster, 3, job) and charges(cluster, 3, job)
         status = cluster.status()
-        assert [site["site"] for site in status["sites"] if site["node"] == "online"] == [1, 2, 4]
+        assert [site["id"] for site in status["sites"] if site["node"] == "online"] == [1, 2, 4]
