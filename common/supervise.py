@@ -102,7 +102,13 @@ class Supervisor:
         if now < running.due:
             return
         running.started, running.restarts = now, running.restarts + 1
-        running.process = self._start(running.service)
+        try:
+            running.process = self._start(running.service)
+        except OSError as error:  # no memory, no more processes
+            running.wait = min(running.wait * 2, LONGEST_WAIT)
+            running.due = now + running.wait
+            _log.error("%s did not start (%s); again in %.0f s", running.service.name, error, running.wait)
+            return
         _log.info("%s started (process %d)", running.service.name, running.process.pid)
 
     def _start(self, service: Service) -> subprocess.Popen[bytes]:
@@ -139,9 +145,21 @@ class Supervisor:
                 os.killpg(running.process.pid, signal.SIGTERM)  # what it has left behind
 
 
+class _LogFile(RotatingFileHandler):
+    """A file that is kept small. Where it cannot be written lines are lost, which is said once: nobody must
+    stop reading what a service says, or the service would wait for it."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self.told:
+            _log.error("%s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
+        self.told = True
+
+
 def _keep(stream: IO[bytes], logs: Path, name: str) -> None:
-    """Each line that a service says, as one JSON object, in a file that is kept small."""
-    handler = RotatingFileHandler(logs / f"{name}.jsonl", maxBytes=_LOG_BYTES, backupCount=_LOGS)
+    """Each line that a service says, as one JSON object."""
+    handler = _LogFile(logs / f"{name}.jsonl", maxBytes=_LOG_BYTES, backupCount=_LOGS, delay=True)
     for line in stream:
         text = line.decode("utf-8", "replace").rstrip()[:_LONGEST_LINE]
         if text:
@@ -151,7 +169,8 @@ def _keep(stream: IO[bytes], logs: Path, name: str) -> None:
                 "text": text,
             }
             handler.emit(logging.makeLogRecord({"msg": json.dumps(entry, ensure_ascii=False)}))
-    handler.close()
+    with contextlib.suppress(OSError):
+        handler.close()
 
 
 def stop_on_signals() -> threading.Event:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from common.identity import make_folder, read_private
 from common.supervise import PYTHON, Service, Supervisor, flower_environment, installed, stop_on_signals
@@ -18,6 +19,7 @@ from server.tls import TlsFolder
 
 _MAX_KEY_BYTES = 16 * 1024
 _KEEP_SECONDS = 2.0
+_log = logging.getLogger("confide.running")
 
 
 def services(folder: FederationFolder, settings: ServerSettings) -> list[Service]:
@@ -67,6 +69,27 @@ def services(folder: FederationFolder, settings: ServerSettings) -> list[Service
     return found
 
 
+class Telling:
+    """Keeps a file for `status`. A full disk must not end the server: it is tried again at the next call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: dict[str, Any] = {}
+        self._failed = False
+
+    def __call__(self, fields: dict[str, Any]) -> None:
+        if fields == self._written:
+            return
+        try:
+            write_fields(self._path, fields)
+        except OSError as error:
+            if not self._failed:
+                _log.error("%s cannot be written: %s", self._path, error.strerror)
+            self._failed = True
+            return
+        self._written, self._failed = fields, False
+
+
 def run_server(path: Path) -> None:
     """Until a signal ends it.
 
@@ -84,14 +107,11 @@ def run_server(path: Path) -> None:
         superlink = SuperLink(f"127.0.0.1:{settings.local.superlink_port}", TlsFolder(folder.tls).authority)
         keeper = Keeper(folder, superlink)
         due = 0.0
-        written: dict[str, object] = {}
+        tell = Telling(folder.serving_file)
 
         def tick() -> None:
-            nonlocal due, written
-            now = {"pid": os.getpid(), "pids": supervisor.pids(), "restarts": supervisor.restarts()}
-            if now != written:
-                write_fields(folder.serving_file, now)
-                written = now
+            nonlocal due
+            tell({"pid": os.getpid(), "pids": supervisor.pids(), "restarts": supervisor.restarts()})
             if time.monotonic() >= due:
                 keeper.look()
                 due = time.monotonic() + _KEEP_SECONDS

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,56 @@ def test_nothing_is_imported_from_the_folder_it_runs_in(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout == "ours\n", done.stderr
+
+
+def test_a_full_disk_stops_neither_a_service_nor_the_reading_of_what_it_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More is said than a pipe holds: a service that nobody reads would hang."""
+    logs = tmp_path / "log"
+    logs.mkdir(mode=0o700)
+    (logs / "one.jsonl").symlink_to("/dev/full")
+    code = "print('x' * 999 + chr(10), end='', flush=True);" * 300 + "open('done', 'w'); input()"
+    ended, thread = running(Supervisor([service(tmp_path, code)], logs))
+    until(lambda: (tmp_path / "done").exists())
+    ended.set()
+    thread.join(30)
+    assert [r.getMessage() for r in caplog.records if "cannot be written" in r.getMessage()] == [
+        f"{logs / 'one.jsonl'} cannot be written: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_machine_that_can_start_nothing_now_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, failures = subprocess.Popen, [OSError(12, "Cannot allocate memory")] * 2
+
+    def popen(*given: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return start(*given, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    times = itertools.count(0.0, 0.5)
+    supervisor = Supervisor(
+        [service(tmp_path, "import time; time.sleep(60)")], tmp_path / "log", lambda: next(times)
+    )
+    ended, thread = running(supervisor)
+    until(lambda: bool(supervisor.pids()))
+    ended.set()
+    thread.join(30)
+    said = [r.getMessage() for r in caplog.records if "did not start" in r.getMessage()]
+    assert len(said) == 2 and "again in 2 s" in said[0] and "again in 4 s" in said[1]
+
+
+def test_what_the_server_tells_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from server.running import Telling
+
+    place = tmp_path / "folder" / "serving.json"
+    tell = Telling(place)
+    tell({"pid": 1})
+    tell({"pid": 1})  # it cannot be written: there is no such folder yet
+    assert len(caplog.records) == 1
+    place.parent.mkdir()
+    tell({"pid": 1})
+    assert json.loads(place.read_text()) == {"pid": 1}
