@@ -43,7 +43,7 @@ from client.site import Site
 from client.worksite import Worksite
 from common.errors import CheckpointError
 from common.identity import read_private
-from common.parts import hurry
+from common.waiting import hurry
 
 POLL_SECONDS = 0.1
 _AWAY_SECONDS = 1.0  # between questions to a node that is not there

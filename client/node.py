@@ -4,8 +4,8 @@ It asks more often, for messages and for their parts. Left alone it rests three 
 and secure aggregation has five exchanges a round. Its resting time cannot be set, so the module that rests is
 given another clock.
 
-It forgets a message whose run ends while it comes in (`forgetful`), and waits for no answer that cannot come
-(`attentive`). Else a killed job or executor could leave the whole site waiting, for an hour or for ever.
+It forgets what is left of a message that led to nothing (`forgetful`), and waits for no answer that cannot
+come (`attentive`). Else a killed job or executor could leave the whole site waiting, for an hour or for ever.
 
 Nothing else of it is touched; tests/client/test_executor.py notices where Flower moves it.
 """
@@ -23,7 +23,7 @@ from flwr.common.constant import Status
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.cli import flower_supernode
 
-from common.parts import hurry
+from common.waiting import hurry
 
 EXECUTOR_SECONDS = 0.1  # between looks whether the executor has answered: both are on this machine
 BUSY_SECONDS = 0.25  # between questions to the server while a round is likely to be going on
@@ -65,13 +65,19 @@ class Clock:
 
 
 def forgetful(pull: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Flower's `_pull_and_store_message`, which clears away a message whose run ends while its objects come.
+    """Flower's `_pull_and_store_message`, which leaves nothing of a message that led to nothing.
 
-    Its task is open to the executor by then. Flower takes it back after an Exception, and that a run has
-    ended is none: the executor would wait for the rest of the message, and the node for the executor.
+    Where a run ends while its message comes in, the task is open to the executor already. Flower takes it
+    back after an Exception, and that a run has ended is none: the executor would wait for the rest of the
+    message, and the node for the executor.
+
+    There is one message at a time, so what is there before the next is an answer too late. Flower would take
+    it for the next one's, and that one's for the one's after it, and so on.
     """
 
     def pull_or_forget(**given: Any) -> int | None:
+        given["state"].delete_messages()
+        given["object_store"].clear()
         for name in ("pull_object", "confirm_message_received"):
             given[name] = _failing(given[name])
         return pull(**given)
@@ -94,20 +100,19 @@ class NoAnswerError(Exception):
 
 
 def attentive(push: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> Callable[..., None]:
-    """Flower's `_push_messages`, which ends when no answer can come any more; the message is forgotten then.
+    """Flower's `_push_messages`, which ends when no answer can come any more.
 
     It waits until there is an answer, then until all its parts are there. An executor that was killed just
     as it took a task or halfway through its answer, or that failed before it had one, leaves none.
     """
 
     def push_or_forget(**given: Any) -> None:
-        state, store = given["state"], given["object_store"]
+        given["state"] = _Answers(given["state"])
+        given["object_store"] = _Parts(given["object_store"], clock)
         try:
-            push(**given | {"state": _Answers(state), "object_store": _Parts(store, clock)})
+            push(**given)
         except NoAnswerError:
             _log.warning("the executor gave a task up without an answer")
-            state.delete_messages()  # there is one message at a time
-            store.clear()
 
     return push_or_forget
 
@@ -131,7 +136,7 @@ class _Answers:
 
 
 class _Parts:
-    """The node's objects, which says when the rest of an answer does not come."""
+    """The node's objects, which says when the rest of an answer does not come. Flower then drops it."""
 
     def __init__(self, store: Any, clock: Callable[[], float]) -> None:
         self._store = store

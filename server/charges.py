@@ -11,14 +11,16 @@ from server.record import ASKED, RunFolder, SiteRound
 
 # Answers that say that nothing was charged; see the order of checks in client/app.py. "refused-repeat" is
 # none: the round was charged before, perhaps to a server that died before it could record that.
-FREE = {
-    StatusCode.REFUSED_BUDGET.value,
-    StatusCode.REFUSED_POLICY.value,
-    StatusCode.REFUSED_PRIVACY.value,
-    StatusCode.REFUSED_CONFIG.value,
-    StatusCode.REFUSED_PROTOCOL.value,
-    StatusCode.REFUSED_ROSTER.value,
-}
+FREE = frozenset(
+    {
+        StatusCode.REFUSED_BUDGET.value,
+        StatusCode.REFUSED_POLICY.value,
+        StatusCode.REFUSED_PRIVACY.value,
+        StatusCode.REFUSED_CONFIG.value,
+        StatusCode.REFUSED_PROTOCOL.value,
+        StatusCode.REFUSED_ROSTER.value,
+    }
+)
 
 
 class Trained(Protocol):

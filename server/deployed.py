@@ -33,7 +33,6 @@ from common.export import PrivacyClaim, export_adapter
 from common.features import FeatureCache
 from common.files import write_atomically
 from common.models import AdaptedModel, load_model
-from common.parts import hurry
 from common.plan import make_plan, plan_digest
 from common.privacy import epsilon_pld, epsilon_rdp
 from common.secagg.errors import Exchange
@@ -41,6 +40,7 @@ from common.secagg.policy import Roster
 from common.tables import clean
 from common.targets import check_records, columns_of
 from common.tasks import Examples, make_task
+from common.waiting import hurry
 from server.checkpoint import Checkpoint
 from server.federation import FEDERATION, FederationFolder, load_federation
 from server.jobs import JobFolder, find_job, write_fields
@@ -80,16 +80,13 @@ def _run(folder: FederationFolder, place: JobFolder, grid: Grid) -> None:
     watcher = Progress(place, time.time)
     watcher.say("loading")
     job = open_job(folder, place, lambda live: _names(folder, live), watcher.called)
-    # No answer of another site is taken in while the parts of one are waited for: it must end.
-    hurry(http_grid, "pull_objects", longest_wait(job.config))
+    # No answer of another site is taken in while the parts of one are waited for: that must end.
+    # Each may have as long as for its whole answer.
+    longest = max(job.config.server.deadline_seconds, job.config.aggregation.deadline_seconds)
+    hurry(http_grid, "pull_objects", longest)
     end = run(job, grid, watcher)
     watcher.say("exporting")
     finish(job, place, end, time.monotonic() - began)
-
-
-def longest_wait(config: RunConfig) -> float:
-    """Seconds for the parts of an answer that a site has announced: what it has for all of it."""
-    return max(config.server.deadline_seconds, config.aggregation.deadline_seconds)
 
 
 def open_job(

@@ -65,7 +65,7 @@ def save_translator(folder: Path) -> Path:
         vocab_size=size, d_model=WIDTH, d_kv=16, d_ff=2 * WIDTH, num_layers=2, num_heads=4, pad_token_id=0,
         eos_token_id=2, decoder_start_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    return _teach_order(_save(T5ForConditionalGeneration, config, folder), Seq2Seq(), folder)
+    return _teach_order(_new(T5ForConditionalGeneration, config), Seq2Seq(), folder)
 
 
 def save_decoder(folder: Path) -> Path:
@@ -74,16 +74,16 @@ def save_decoder(folder: Path) -> Path:
         vocab_size=size, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2,
         eos_token_id=2, bos_token_id=2,
     )  # fmt: skip
-    return _teach_order(_save(GPT2LMHeadModel, config, folder), CausalLM(), folder)
+    return _teach_order(_new(GPT2LMHeadModel, config), CausalLM(), folder)
 
 
-def save_vision(folder: Path, images: NDArray[np.float64], digits: NDArray[np.int64]) -> Path:
+def save_vision(folder: Path, images: NDArray[np.int64], digits: NDArray[np.int64]) -> Path:
     """images: `(n, 8, 8)`, from 0 to 255, of the `digits`; they are learnt in a mirror."""
     config = ViTConfig(
         hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * WIDTH,
         image_size=8, patch_size=2, initializer_range=0.1,
     )  # fmt: skip
-    model = _save(ViTModel, config, folder)
+    model = _new(ViTModel, config)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(str(folder))
     seen = torch.tensor(images[:, :, ::-1].copy(), dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     pixels, targets = seen / 127.5 - 1, torch.tensor(digits)
@@ -113,13 +113,11 @@ def sentences(places: Iterable[Sequence[int]], order: Sequence[int]) -> Table:
     )
 
 
-def _save(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> Any:
+def _new(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """The same random weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model: Any = kind(config)
-    model.save_pretrained(str(folder))
-    return model
+        return kind(config)
 
 
 def _teach_order(model: Any, task: Seq2Seq | CausalLM, folder: Path) -> Path:

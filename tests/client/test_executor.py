@@ -25,6 +25,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -101,14 +102,23 @@ class RunningNode:
         )
         return sent
 
-    def is_empty(self) -> bool:
-        """Nothing is left of a message: the next one is taken in and worked on."""
-        assert not self.state.get_messages_legacy()
-        assert self.receive() == RUN
-        return claim(self.node.claimer())[0] is not None
+    def take(self) -> tuple[Task, str]:
+        task, token = claim(self.node.claimer())
+        assert task is not None
+        return task, token
 
-    def receive(self, fail_at: str = "") -> int | None:
-        """SuperNode's own way with a message that comes in; its run ends at the call `fail_at`."""
+    def answers_the_next(self) -> bool:
+        """Nothing is left of a message: the next one is taken in and worked on, and its answer sent."""
+        assert self.receive() == RUN
+        (asked,) = self.state.get_messages_legacy(is_reply=False)
+        vars(self.state.msg_store[asked.metadata.message_id])["is_retrieved"] = False
+        work(self.node, *self.take(), Refusing())
+        (sent,) = self.send()
+        return sent.metadata.reply_to_message_id == asked.metadata.message_id
+
+    def receive(self, fail_at: str = "", meanwhile: Callable[[], object] = lambda: None) -> int | None:
+        """SuperNode's own way with a message that comes in; its run ends at the call `fail_at`, after what
+        happens `meanwhile`."""
         self.know()
         message = self.message()
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -121,6 +131,7 @@ class RunningNode:
 
         def confirm(run: int, name: str) -> None:
             if fail_at == "confirm":
+                meanwhile()
                 raise RunNotRunningException
 
         tree = get_object_tree(message)
@@ -315,8 +326,7 @@ def test_two_executors_do_not_share_a_folder(folder: SiteFolder) -> None:
 
 def test_a_message_that_came_in_is_a_task(running: RunningNode) -> None:
     assert running.receive() == RUN
-    task, token = claim(running.node.claimer())
-    assert task is not None
+    task, token = running.take()
     sites = Refusing()
     work(running.node, task, token, sites)
     assert sites.asked == [(BUNDLE, DIGEST)]
@@ -330,36 +340,40 @@ def test_a_message_whose_run_ended_while_it_came_leaves_nothing_to_wait_for(
     assert running.receive(moment) is None
     assert claim(running.node.claimer()) == (None, "")
     assert running.state.get_messages_legacy(is_reply=False) == []
-    assert running.receive() == RUN
-    assert claim(running.node.claimer())[0] is not None
+    assert running.answers_the_next()
+
+
+def test_an_answer_to_a_run_that_has_ended_is_not_taken_for_the_next_one_s(running: RunningNode) -> None:
+    """A quick executor: it answers before the node has confirmed the message. The site would be one answer
+    late from then on."""
+    assert running.receive("confirm", lambda: work(running.node, *running.take(), Refusing())) is None
+    assert running.answers_the_next()
 
 
 def test_an_answer_is_sent_on(running: RunningNode) -> None:
     running.receive()
-    task, token = claim(running.node.claimer())
-    assert task is not None
+    task, token = running.take()
     work(running.node, task, token, Refusing())
     (sent,) = running.send()
     assert not sent.has_error()
-    assert running.is_empty()
+    assert running.answers_the_next()
 
 
 def test_an_executor_that_fails_before_it_has_the_message_is_not_waited_for(
     running: RunningNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running.receive()
-    task, token = claim(running.node.claimer())
-    assert task is not None
+    task, token = running.take()
 
     def fails(runtime: RuntimeHttpClient) -> None:
         runtime.PullTaskInput(PullTaskInputRequest())
         raise RuntimeError
 
-    monkeypatch.setattr(executor, "pull_task_input", fails)
-    with pytest.raises(RuntimeError):
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(executor, "pull_task_input", fails)
         work(running.node, task, token, Refusing())
     assert running.send() == []
-    assert running.is_empty()
+    assert running.answers_the_next()
 
 
 def test_an_executor_that_is_killed_as_it_takes_a_task_is_not_waited_for(running: RunningNode) -> None:
@@ -369,21 +383,21 @@ def test_an_executor_that_is_killed_as_it_takes_a_task_is_not_waited_for(running
     for record in running.state.task_token_store.values():  # no heartbeat for long
         record.active_until -= timedelta(days=1)
     assert running.send() == []
-    assert running.is_empty()
+    assert running.answers_the_next()
 
 
 def test_an_executor_that_is_killed_in_the_middle_of_its_answer_is_not_waited_for(
     running: RunningNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running.receive()
-    task, token = claim(running.node.claimer())
-    assert task is not None
-    monkeypatch.setattr(run_clientapp, "push_objects", lambda *given, **more: None)
-    work(running.node, task, token, Refusing())
+    task, token = running.take()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_clientapp, "push_objects", lambda *given, **more: None)
+        work(running.node, task, token, Refusing())
     times = iter([0.0, 0.0, PART_SECONDS / 2, PART_SECONDS + 1, PART_SECONDS + 2])
     (begun,) = running.send(lambda: next(times))
     assert not begun.has_error()
-    assert running.is_empty()
+    assert running.answers_the_next()
 
 
 def test_the_node_still_works_by_the_functions_that_are_wrapped() -> None:

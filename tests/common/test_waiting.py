@@ -23,8 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import http_grid
 from flwr.supernode.runtime import run_clientapp
 
-from common import parts
-from common.parts import FIRST_SECONDS, MOST_SECONDS, hurry
+from common.waiting import FIRST_SECONDS, MOST_SECONDS, hurry
 
 HURRIED = [
     (node_loop, "pull_objects", "_pull_and_store_message"),
@@ -96,7 +95,7 @@ def test_a_site_that_announces_an_answer_and_sends_no_part_of_it_is_an_error_amo
 ) -> None:
     """Through Flower's own grid: the other site's answer comes in."""
     monkeypatch.setattr(http_grid, "pull_objects", inflatable_utils.pull_objects)
-    parts.hurry(http_grid, "pull_objects", 0.3)
+    hurry(http_grid, "pull_objects", 0.3)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 11, 1
     answers = [Message(RecordDict({"n": ConfigRecord({"n": n})}), 1, "query") for n in (0, 1)]
     for answer in answers:
