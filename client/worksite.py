@@ -71,7 +71,9 @@ class Worksite:
         if path is None:
             raise DataError(f"{self._folder.settings} must name this site's records: data.train")
         longest = _NO_LIMIT if kind is TaskKind.IMAGE_CLASSIFICATION else config.data.max_characters
-        table, _ = clean(read_table(path, columns_of(config.data, kind)), max_characters=longest)
+        table, _ = clean(
+            read_table(path, columns_of(config.data, kind, config.task.chat)), max_characters=longest
+        )
         check_records(kind, table, config.task.labels, config.task.range)
         if len(table) < nominal:
             raise DataError(

@@ -72,6 +72,7 @@ def export_adapter(
             "task": config.task.kind.value,
             "labels": list(model.task.labels),
             "range": config.task.range,
+            "chat": config.task.chat,
             "pairs": config.data.prompt is not None and not config.task.kind.writes,
             "model": config.model.name,
             "gguf_file": config.model.gguf_file,
@@ -183,9 +184,17 @@ from transformers import {auto}, AutoTokenizer
 folder = "."  # this folder
 model = PeftModel.from_pretrained({auto}.from_pretrained({base}{options}), folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
-batch = tokenizer({_input(model, config)}, return_tensors="pt")
+batch = {_batch(model, config)}
 {_reading(model, config)}
 """
+
+
+def _batch(model: AdaptedModel, config: RunConfig) -> str:
+    if config.task.chat:
+        turns = '[{"role": "user", "content": "a question"}]'
+        how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        return f"tokenizer.apply_chat_template(\n    {turns}, {how}\n)"
+    return f'tokenizer({_input(model, config)}, return_tensors="pt")'
 
 
 def _input(model: AdaptedModel, config: RunConfig) -> str:
@@ -220,7 +229,5 @@ def _reading(model: AdaptedModel, config: RunConfig) -> str:
 inside = [i for i, part in enumerate(batch.sequence_ids(0)) if part == 1]  # the text, not the question
 first, last = (inside[int(s[0, inside].argmax())] for s in (out.start_logits, out.end_logits))
 print(tokenizer.decode(batch["input_ids"][0, first : last + 1]))"""
-        case TaskKind.CAUSAL_LM:
-            return "print(model(**batch).logits)"
-        case TaskKind.SEQ2SEQ:
+        case TaskKind.CAUSAL_LM | TaskKind.SEQ2SEQ:
             return "print(tokenizer.decode(model.generate(**batch, max_new_tokens=64)[0]))"

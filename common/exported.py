@@ -59,6 +59,7 @@ def describe(path: Path) -> Description:
             kind=TaskKind(told["task"]),
             labels=tuple(told["labels"]),
             range=None if bounds is None else tuple(bounds),
+            chat=bool(told.get("chat", False)),
         )
         if form is Form.PEFT:
             adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))

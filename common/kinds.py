@@ -63,6 +63,7 @@ def misfit(
     labels: tuple[str, ...],
     class_weights: tuple[float, ...],
     range_: tuple[float, float] | None,
+    chat: bool,
     label: str | None,
     prompt: str | None,
     template: str | None,
@@ -92,6 +93,11 @@ def misfit(
         return "task.range: regression needs the public range of its numbers, such as [0, 5]"
     if range_ is not None and kind is not TaskKind.REGRESSION:
         return f"task.range: is for regression, not {name}; leave it out"
+    if chat and (kind is not TaskKind.CAUSAL_LM or prompt is None):
+        return (
+            f"task.chat: is for causal-lm with data.prompt, the column of the conversation; found {name}"
+            + (" without data.prompt" if prompt is None else "")
+        )
     if template is not None and kind in (
         TaskKind.TOKEN_CLASSIFICATION,
         TaskKind.QUESTION_ANSWERING,

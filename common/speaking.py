@@ -14,6 +14,7 @@ from common.errors import ModelError
 from common.models import AdaptedModel
 from common.prediction import Predictor
 from common.tables import Table
+from common.turns import Turn, chat_ids
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,6 @@ def question_ids(predictor: Predictor, question: str) -> list[int]:
     return [int(t) for t in examples.tokens[: int(examples.targets([0])[0])]]
 
 
-def chat_ids(predictor: Predictor, turns: Sequence[dict[str, str]]) -> list[int]:
-    """A conversation, in the form of the model's chat template."""
-    made = predictor.model.tokenizer.apply_chat_template(
-        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(made["input_ids"])
-
-
 @dataclass
 class Speaker:
     """With `chat` the conversation so far is part of each prompt."""
@@ -113,7 +106,7 @@ class Speaker:
     predictor: Predictor
     draw: Draw
     chat: bool
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -154,4 +147,4 @@ class Speaker:
         if not self.chat:
             return question_ids(self.predictor, question)
         self.turns.append({"role": "user", "content": question})
-        return chat_ids(self.predictor, self.turns)
+        return chat_ids(self.predictor.model.tokenizer, self.turns)

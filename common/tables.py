@@ -24,6 +24,7 @@ from common.cells import (
     value_of,
 )
 from common.errors import DataError
+from common.turns import prompt_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Columns:
     template: str | None = None  # the text is made of columns: "age {age}, trade {trade}"
     joint: str | None = None  # between items of a list in label and text, or IMAGES; None: no lists
     spans: bool = False  # the label is a stretch of the text
+    turns: bool = False  # the prompt may be a conversation
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -175,7 +177,8 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
         elif columns.label is not None:
             label.append(label_of(cells[columns.label], columns.joint, Cell(path, row, columns.label)))
         if columns.prompt is not None:
-            prompt.append(value_of(cells[columns.prompt], Cell(path, row, columns.prompt)))
+            read = prompt_of if columns.turns else value_of
+            prompt.append(read(cells[columns.prompt], Cell(path, row, columns.prompt)))
         if columns.group is not None:
             group.append(filled(cells[columns.group], Cell(path, row, columns.group)))
     if not rows:

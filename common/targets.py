@@ -17,8 +17,8 @@ SEPARATOR = "|"  # between the labels of a record, where it may have several
 OUTSIDE = "O"  # the tag of a word that belongs to no entity
 
 
-def columns_of(data: DataSection, kind: TaskKind) -> Columns:
-    """What is read of a file of records for this kind of task."""
+def columns_of(data: DataSection, kind: TaskKind, chat: bool = False) -> Columns:
+    """What is read of a file of records for this kind of task; `chat`: task.chat."""
     if data.sample is not None:
         return Columns("text", "label", None, "group")
     joint = {
@@ -35,6 +35,7 @@ def columns_of(data: DataSection, kind: TaskKind) -> Columns:
         template=data.template,
         joint=joint,
         spans=kind is TaskKind.QUESTION_ANSWERING,
+        turns=chat,
     )
 
 

@@ -12,11 +12,12 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from common.config import TaskKind
-from common.errors import DataError
+from common.errors import DataError, ModelError
 from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
+from common.turns import chat_ids, conversation
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -27,25 +28,25 @@ class CausalLM:
 
     A record's loss is the mean over *its own* answer tokens. The usual mean over a batch's tokens makes
     one record's gradient depend on the others' lengths, which no clipping bounds.
-    `target` holds the number of leading prompt tokens, which bear no loss.
+    `target` holds the number of leading prompt tokens, which bear no loss. With `chat` a prompt is a
+    conversation (common.turns), written by the model's chat template.
     Sums: the share of the answer's tokens that come first; the loss of the answer's tokens, and their number.
     """
 
     labels: tuple[str, ...] = ()
     kind: TaskKind = TaskKind.CAUSAL_LM
     outputs: int = 0
+    chat: bool = False
 
     def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
         end = [int(tokenizer.eos_token_id)]
         texts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
-        prompts = (
-            [[] for _ in texts]
-            if table.prompt is None
-            else tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"]
-        )
-        start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        prompts = self._prompts(table, tokenizer)
+        # A template writes its own beginning.
+        bare = self.chat or tokenizer.bos_token_id is None
+        start = [] if bare else [int(tokenizer.bos_token_id)]
         ids, masked = [], []
         for prompt, text in zip(prompts, texts, strict=True):
             # A long prompt keeps its end, and at least half of the length is left to the answer.
@@ -54,6 +55,25 @@ class CausalLM:
             ids.append((head + text + end)[:max_length])
             masked.append(max(len(head), 1))
         return pack(ids, masked)
+
+    def _prompts(self, table: Table, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        if self.chat and not tokenizer.chat_template:
+            raise ModelError("task.chat: the model's tokenizer has no chat template: set it to false")
+        if table.prompt is None:
+            return [[] for _ in table.text]
+        if not self.chat:
+            return list(tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"])
+        found = []
+        for row, prompt in zip(table.rows, table.prompt, strict=True):
+            try:
+                found.append(chat_ids(tokenizer, conversation(prompt)))
+            except Exception as error:  # a template may raise anything, with the conversation in its message
+                raise DataError(
+                    f"{table.source}, row {row}, prompt column: the model's chat template does not take this "
+                    f"conversation ({type(error).__name__}). Not every model takes a system turn: put it "
+                    "into the user's first."
+                ) from None
+        return found
 
     def made_up(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> Examples:
         return made_up_text(rng, tokenizer, np.ones(len(MADE_UP_LENGTHS), dtype=np.int64))

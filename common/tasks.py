@@ -85,7 +85,7 @@ def make_task(kind: TaskKind, labels: Sequence[str], section: TaskSection | None
         case TaskKind.QUESTION_ANSWERING:
             return ExtractiveQA()
         case TaskKind.CAUSAL_LM:
-            return CausalLM()
+            return CausalLM(chat=section is not None and section.chat)
         case TaskKind.SEQ2SEQ:
             return Seq2Seq()
         case TaskKind.IMAGE_CLASSIFICATION:

@@ -141,7 +141,8 @@ def load_public(config: RunConfig) -> tuple[AdaptedModel, Examples]:
     if config.data.test is None:
         raise ConfigError("data.test must name the public records on which the server evaluates: set it")
     table, _ = clean(
-        read_table(config.data.test, columns_of(config.data, kind)), max_characters=config.data.max_characters
+        read_table(config.data.test, columns_of(config.data, kind, config.task.chat)),
+        max_characters=config.data.max_characters,
     )
     check_records(kind, table, config.task.labels, config.task.range)
     model = load_model(config, task)

@@ -71,7 +71,7 @@ def split_data(config: RunConfig) -> Split:
         DataError: the data does not fit, or is too little for so many sites.
     """
     data = config.data
-    columns = columns_of(data, config.task.kind)
+    columns = columns_of(data, config.task.kind, config.task.chat)
     overlap = 0
     longest = _NO_LIMIT if config.task.kind is TaskKind.IMAGE_CLASSIFICATION else data.max_characters
     table, cleaning = clean(_read(data, columns), max_characters=longest)

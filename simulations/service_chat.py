@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.prediction import Predictor
-from common.speaking import Draw, Said, chat_ids, question_ids, speak
+from common.speaking import Draw, Said, question_ids, speak
+from common.turns import chat_ids
 from simulations.service_line import Line, ServiceError, Words, bad_request, shutting_down
 
 
@@ -225,7 +226,7 @@ class Chat:
         if not self.template:
             return question_ids(self.predictor, turns[0]["content"])
         try:
-            return chat_ids(self.predictor, turns)
+            return chat_ids(self.predictor.model.tokenizer, turns)
         except Exception as error:  # a template may raise anything; what it says is about the conversation
             raise bad_request(
                 f"the model's chat template does not take this conversation ({type(error).__name__}): check "

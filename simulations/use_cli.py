@@ -143,7 +143,9 @@ def _asked(
     if file is not None and file.suffix.lower() != ".txt":
         data = DataSection(train=file, text=text_column, prompt=prompt_column)
         joint = columns_of(data, predictor.kind).joint
-        return read_table(file, Columns(text_column, None, prompt_column, joint=joint))
+        return read_table(
+            file, Columns(text_column, None, prompt_column, joint=joint, turns=predictor.section.chat)
+        )
     if text is not None:
         records: list[tuple[str, str | None]] = [(text, prompt)]
     else:

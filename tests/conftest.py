@@ -295,6 +295,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "bert-default": ("bert", {"model": {"head": "default"}}),
     "gpt2-classify": ("gpt2", {}),
     "gpt2-causal": ("gpt2", {"task": {"kind": "causal-lm"}, "data": {"prompt": "prompt"}}),
+    "bpe-chat": ("bpe", {"task": {"kind": "causal-lm", "chat": True}, "data": {"prompt": "prompt"}}),
     "llama-causal": ("llama", {"task": {"kind": "causal-lm"}}),
     "bert-pair": ("bert", {"data": {"prompt": "prompt"}}),
     "bert-mean-pair": ("bert", {"model": {"head": "mean"}, "data": {"prompt": "prompt"}}),
@@ -319,6 +320,7 @@ def world(
     bert_folder: Path,
     gpt2_folder: Path,
     llama_folder: Path,
+    bpe_folder: Path,
     t5_folder: Path,
     mbart_folder: Path,
     vit_folder: Path,
@@ -330,6 +332,7 @@ def world(
         "bert": bert_folder,
         "gpt2": gpt2_folder,
         "llama": llama_folder,
+        "bpe": bpe_folder,
         "t5": t5_folder,
         "mbart": mbart_folder,
         "vit": vit_folder,
@@ -341,7 +344,7 @@ def world(
         records = image_file if folder == "vit" else data_file
         config = tiny_config(folders[folder], records, **sections, adapter={"rank": 2, "method": method})
         model = tiny_model(config)
-        table = read_table(records, columns_of(config.data, config.task.kind))
+        table = read_table(records, columns_of(config.data, config.task.kind, config.task.chat))
         return World(config, model, model.task.encode(table, model.tokenizer, config.model.max_length))
 
     return build

@@ -127,6 +127,12 @@ class Code(Enum):
     BAD_NUMBER = ("bad-number", Severity.ERROR, "Correct it, or widen task.range.")
     BAD_TAGS = ("bad-tags", Severity.ERROR, "One tag a word: correct the row.")
     BROKEN_ENTITY = ("broken-entity", Severity.WARNING, "An entity begins with B-: correct the tag.")
+    BAD_TURNS = (
+        "bad-turns",
+        Severity.ERROR,
+        "A system turn or none, then user and assistant in turn, the user first and last; each with role and "
+        "content, and nothing else.",
+    )
     BAD_ANSWER = ("bad-answer", Severity.ERROR, "The answer must stand in the context, word for word.")
     # People
     EMPTY_PERSON = ("empty-person", Severity.ERROR, "Fill in whose record it is, or remove the row.")

@@ -15,6 +15,7 @@ from common.cells import Cell, listed, nearest, short, span_of, text_of, type_na
 from common.datasets import FileKind
 from common.errors import DataError
 from common.kinds import TaskKind
+from common.turns import conversation, is_turns, prompt_of
 
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})
 
@@ -122,6 +123,9 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
+        elif name == subject.columns.prompt and subject.columns.turns and is_turns(value):
+            found.append(_said(raw, row.number, name, value, wrong))
+            continue
         elif isinstance(value, list) and lists and all(isinstance(item, str | int) for item in value):
             found.append((subject.columns.joint or " ").join(map(str, value)))
             continue
@@ -165,6 +169,18 @@ def _answer(
     except DataError:
         wrong[Code.BAD_ANSWER, "whose answer does not stand in the context, where it should"].append(number)
         return None
+
+
+def _said(
+    raw: RawFile, number: int, name: str, value: object, wrong: dict[tuple[Code, str], list[int]]
+) -> str | None:
+    """What was said in a conversation, a turn a line."""
+    try:
+        turns = conversation(prompt_of(value, Cell(raw.path, number, name)))
+    except DataError:
+        wrong[Code.BAD_TURNS, "whose turns are no conversation"].append(number)
+        return None
+    return "\n".join(turn["content"] for turn in turns)
 
 
 def _torn(value: str) -> bool:

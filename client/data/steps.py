@@ -28,6 +28,7 @@ from common.cells import short
 from common.errors import ConfigError, DataError
 from common.kinds import TaskKind
 from common.targets import SEPARATOR
+from common.turns import listed_turns
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,6 +127,11 @@ def _rewrite(raw: RawFile, subject: Subject, cure: Callable[[str], str], step: S
         match value:
             case str() if words:
                 return " ".join(_word(word, cure) for word in value.split(" "))
+            case str() if subject.columns.turns and (turns := listed_turns(value)):
+                new = cured(turns)
+                return value if new == turns else json.dumps(new, ensure_ascii=False)
+            case dict() if subject.columns.turns:
+                return {key: cured(part) if key == "content" else part for key, part in value.items()}
             case str():
                 return cure(value)
             case list():

@@ -103,7 +103,7 @@ def _of_config(path: Path) -> Subject:
     return Subject(
         train=config.data.train,
         test=config.data.test,
-        columns=columns_of(config.data, config.task.kind),
+        columns=columns_of(config.data, config.task.kind, config.task.chat),
         kind=config.task.kind,
         labels=config.task.labels,
         bounds=config.task.range,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from client.data.characters import FAULTS
 from client.data.findings import Code, Finding
 from client.data.near import near_duplicates
 from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
+from common.cells import Cell
 from common.kinds import TaskKind
+from common.turns import chat_ids, conversation, prompt_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EXAMPLES = 3
 
@@ -179,19 +186,53 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
         return None, ()
     from common.models import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    extra = 0 if sheet.subject.kind is TaskKind.CAUSAL_LM else tokenizer.num_special_tokens_to_add()
-    counts: list[int] = []
-    for begin in range(0, len(sheet), 1000):
-        batch = ["\n".join(texts) for texts in sheet.records[begin : begin + 1000]]
-        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        counts += [len(one) + extra for one in ids]
+    tokens = _tokens(sheet, load_tokenizer(model))
+    counts = [sum(parts) for parts in tokens]
     lengths = lengths_of("tokens", counts, model.max_length)
-    rows = [n for n, count in zip(sheet.numbers, counts, strict=True) if count > model.max_length]
+    rows = [n for n, parts in zip(sheet.numbers, tokens, strict=True) if _cut(sheet, parts, model.max_length)]
     if not rows:
         return lengths, ()
     says = f"of more than {model.max_length} tokens ({len(rows) / len(counts):.1%}): their rest is not read"
+    if sheet.subject.kind is TaskKind.CAUSAL_LM and sheet.subject.columns.prompt is not None:
+        says = (
+            f"of more than {model.max_length} tokens, or with more than half as many before the answer "
+            f"({len(rows) / len(counts):.1%}): the rest is not read"
+        )
     return lengths, (_of(Code.CUT_OFF, rows, says, _text_column(sheet)),)
+
+
+def _tokens(sheet: Sheet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Of each record: tokens of its text, or of its prompt and of its text, as training counts them."""
+    kind, columns = sheet.subject.kind, sheet.subject.columns
+    special = 0 if kind is TaskKind.CAUSAL_LM else tokenizer.num_special_tokens_to_add()
+    parts: list[list[int]] = []
+    for texts in zip(*sheet.records, strict=True):
+        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append([len(one) for one in ids])
+    if columns.turns and tokenizer.chat_template:
+        for i, row in enumerate(sheet.raw.rows):
+            if sheet.column(columns.prompt)[i] is not None:
+                prompt = prompt_of(row.cells[columns.prompt or ""], Cell(sheet.raw.path, row.number, ""))
+                with contextlib.suppress(Exception):  # a template may raise anything: training says so
+                    parts[0][i] = len(chat_ids(tokenizer, conversation(prompt)))
+    if kind is TaskKind.CAUSAL_LM:
+        parts[-1] = [count + 1 for count in parts[-1]]  # the end token
+    elif kind is TaskKind.SEQ2SEQ:
+        parts = [[count + special for count in part] for part in parts]
+    else:
+        parts[0] = [count + special for count in parts[0]]
+    return list(zip(*parts, strict=True))
+
+
+def _cut(sheet: Sheet, parts: tuple[int, ...], longest: int) -> bool:
+    """Whether training leaves out tokens of a record of so many."""
+    match sheet.subject.kind:
+        case TaskKind.CAUSAL_LM:
+            return sum(parts) > longest or (len(parts) == 2 and parts[0] > longest // 2)
+        case TaskKind.SEQ2SEQ:
+            return max(parts) > longest
+        case _:
+            return sum(parts) > longest
 
 
 def _text_column(sheet: Sheet) -> str:

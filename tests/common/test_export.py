@@ -119,7 +119,7 @@ for folder in sys.argv[1:]:
     names = {}
     exec(code, names)
     inputs = dict(names["batch"])
-    if "generate" in code:
+    if "Seq2Seq" in code:
         inputs["decoder_input_ids"] = torch.tensor([[0, 8, 9]])
     with torch.no_grad():
         if "logits =" in code:

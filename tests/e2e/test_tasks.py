@@ -132,6 +132,33 @@ def test_questions_to_a_language_model(tmp_path: Path, llama_folder: Path, data_
     assert final["ROUGE-L"] > initial["ROUGE-L"]
 
 
+def test_conversations_with_each_site_s_own_people(tmp_path: Path, bpe_folder: Path, data_file: Path) -> None:
+    """Turns in, whole groups to a site; what answers is asked as it was trained."""
+    dialogues = tmp_path / "dialogues.jsonl"
+    with data_file.open(newline="") as source, dialogues.open("w") as file:
+        for row in csv.DictReader(source):
+            said = (row["prompt"], "some", row["text"])
+            turns = [{"role": ("user", "assistant")[i % 2], "content": part} for i, part in enumerate(said)]
+            file.write(json.dumps({"turns": turns, "answer": row["label"], "person": row["group"]}) + "\n")
+    sections = {
+        "task": {"kind": "causal-lm", "chat": True},
+        "model": {"max_length": 96},
+        "data": {"prompt": "turns", "text": "answer", "group": "person"},
+        "sites": {"partition": "groups"},
+        "adapter": {"rank": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+    }
+    summary = simulate(tmp_path, bpe_folder, dialogues, sections)
+    final, initial = summary["scores_final"], summary["scores_initial"]
+    assert final["token accuracy"] > initial["token accuracy"]
+    run = tmp_path / "runs" / "run"
+    records = dialogues.read_text().splitlines()[:4]
+    (tmp_path / "asked.jsonl").write_text("\n".join(records))
+    columns = ("--prompt-column", "turns", "--text-column", "answer")
+    answers = invoke("predict", run, "--file", tmp_path / "asked.jsonl", *columns, "--json").splitlines()
+    assert len(answers) == 4
+    assert invoke("ask", run, "w1 good", "--chat") == invoke("ask", run, "w1 good")
+
+
 def test_rows_of_a_table_as_text(tmp_path: Path, bert_folder: Path, data_file: Path) -> None:
     """A template over columns; a label that a class weight makes heavier."""
     rows = tmp_path / "rows.csv"

@@ -1,0 +1,138 @@
+"""Conversations: read from every kind of file, refused by row, and the same tokens in training and in use."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from common.config import parse_config
+from common.datasets import read_table
+from common.errors import ConfigError, DataError, ModelError
+from common.export import PrivacyClaim, export_adapter
+from common.prediction import open_adapter
+from common.speaking import Speaker, question_ids
+from common.tables import Columns, Table
+from common.task_generate import CausalLM
+from common.turns import chat_ids, conversation
+from tests.conftest import World, moved
+
+CHAT = Columns("answer", prompt="messages", turns=True)
+TURNS = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": 'say "ä"\nplease'},
+    {"role": "assistant", "content": "ä"},
+    {"role": "user", "content": "w1 w2"},
+]
+USER, ASSISTANT = {"role": "user", "content": "SECRET"}, {"role": "assistant", "content": "SECRET"}
+
+
+def jsonl(folder: Path, *prompts: object) -> Path:
+    path = folder / "chat.jsonl"
+    path.write_text(
+        "".join(json.dumps({"messages": p, "answer": f"w{i}"}) + "\n" for i, p in enumerate(prompts))
+    )
+    return path
+
+
+def test_a_conversation_is_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
+    table = read_table(jsonl(tmp_path, TURNS, "w1 w2", "[no list"), CHAT)
+    assert table.prompt is not None
+    assert [conversation(p) for p in table.prompt] == [
+        TURNS,
+        [{"role": "user", "content": "w1 w2"}],
+        [{"role": "user", "content": "[no list"}],
+    ]
+    with (tmp_path / "chat.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "answer"], [json.dumps(TURNS), "w0"]])
+    Dataset.from_list([{"messages": TURNS, "answer": "w0"}]).to_parquet(tmp_path / "chat.parquet")
+    for name in ("chat.csv", "chat.parquet"):
+        (prompt,) = read_table(tmp_path / name, CHAT).prompt or ()
+        assert prompt == table.prompt[0], name
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [],
+        [ASSISTANT],
+        [USER, ASSISTANT],
+        [USER, USER],
+        [USER, {"role": "system", "content": "SECRET"}, USER],
+        [{"role": "system", "content": "SECRET"}],
+        [{"role": "tool", "content": "SECRET"}],
+        [{"role": ["user"], "content": "SECRET"}],
+        [{"content": "SECRET"}],
+        [USER | {"name": "SECRET"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": ["SECRET"]}],
+        ["SECRET"],
+        [USER, "SECRET"],
+    ],
+    ids=repr,
+)
+def test_what_is_no_conversation_is_refused_by_row(tmp_path: Path, turns: list[object]) -> None:
+    with pytest.raises(DataError, match="row 2, column 'messages': expected") as caught:
+        read_table(jsonl(tmp_path, TURNS, turns), CHAT)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_turns_are_read_only_where_the_task_is_a_chat(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found a value of type list"):
+        read_table(jsonl(tmp_path, TURNS), replace(CHAT, turns=False))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"task": {"kind": "causal-lm", "chat": True}},
+        {"task": {"kind": "sequence-to-sequence", "chat": True}, "data": {"prompt": "p"}},
+    ],
+)
+def test_a_chat_needs_a_causal_model_and_a_prompt(sections: dict[str, dict[str, object]]) -> None:
+    data = {"model": {"name": "m"}, **sections, "data": {"train": "x.csv", **sections.get("data", {})}}
+    with pytest.raises(ConfigError, match=r"task\.chat: is for causal-lm with data\.prompt"):
+        parse_config(data, source="a test")
+
+
+def test_training_and_use_write_the_same_tokens(world: Callable[..., World], tmp_path: Path) -> None:
+    this = world("bpe-chat")
+    tokenizer = this.model.tokenizer
+    table = Table("t", ("w3",), None, (json.dumps(TURNS),), None, (1,))
+    examples = this.model.task.encode(table, tokenizer, 200)
+    asked = chat_ids(tokenizer, TURNS)
+    assert examples.tokens.tolist() == [*asked, *tokenizer("w3")["input_ids"], tokenizer.eos_token_id]
+    assert examples.targets([0]).tolist() == [len(asked)]
+    claim = PrivacyClaim(2.9, 2.5, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
+    export_adapter(this.model, moved(this.model), this.config, claim, tmp_path / "adapter")
+    predictor = open_adapter(tmp_path / "adapter", "cpu")
+    one = [{"role": "user", "content": "w1 w2"}]
+    assert question_ids(predictor, "w1 w2") == chat_ids(tokenizer, one)
+    speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
+    assert speaker._ids("w1 w2") == chat_ids(tokenizer, one)
+
+
+def test_a_model_without_a_template_is_refused(world: Callable[..., World]) -> None:
+    tokenizer = world("gpt2-causal").model.tokenizer
+    with pytest.raises(ModelError, match="no chat template"):
+        CausalLM(chat=True).encode(Table("t", ("a",), None, ("b",), None, (1,)), tokenizer, 8)
+
+
+def test_a_template_that_refuses_names_the_row_and_shows_nothing(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = world("bpe-chat")
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception(messages[0]['content']) }}{% endif %}"
+    )
+    monkeypatch.setattr(this.model.tokenizer, "chat_template", refusing)
+    turns = [{"role": "system", "content": "SECRET"}, USER]
+    table = Table("t.jsonl", ("a", "b"), None, ("w1", json.dumps(turns)), None, (1, 7))
+    with pytest.raises(DataError, match=r"t\.jsonl, row 7, prompt column") as caught:
+        this.model.task.encode(table, this.model.tokenizer, 64)
+    assert "SECRET" not in str(caught.value)
