@@ -84,6 +84,7 @@ DIALOGUES = [
     'data.group="person"',
     f"sites.count={PEOPLE}",
     'sites.partition="groups"',
+    "privacy.sample_rate=0.02",
 ]
 
 Records = list[dict[str, Any]]

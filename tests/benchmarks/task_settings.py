@@ -142,9 +142,10 @@ DIGITS = Work(
         "training": {"local_steps": 4, "learning_rate": 0.02},
     },
     {
-        "run": {"rounds": 10},
-        "privacy": {"sample_rate": 0.2},
-        "training": {"local_steps": 20, "learning_rate": 0.005},
+        "run": {"rounds": 40},
+        "adapter": {"method": "lora"},
+        "privacy": {"sample_rate": 0.5},
+        "training": {"local_steps": 10, "learning_rate": 0.005},
     },
     SLOWER_PEER,
 )

@@ -1,6 +1,6 @@
 """What every task of docs/tasks.md gives at ε ≤ 8, without privacy, and trained on the pooled records.
 
-`python tests/benchmarks/tasks.py DATA [NAME ...] [--json] [--write FOLDER]`. DATA holds
+`python tests/benchmarks/tasks.py DATA [NAME ...] [--json] [--seed N] [--write FOLDER]`. DATA holds
 banking77/{train,test}.csv, wnut17/{train,test}.conll and xquad/en.json; two tasks need scikit-learn. A row
 has the chief metric on public records of
 
@@ -107,14 +107,14 @@ def constant(split: Split, config: RunConfig) -> tuple[float, str] | None:
     return None
 
 
-def measure(name: str, data: Path) -> Row:
+def measure(name: str, data: Path, seed: int) -> Row:
     from simulations.fleet import split_data
     from tests.benchmarks.task_peer import plain
     from tests.benchmarks.task_settings import WORKS
 
     work, began = WORKS[name], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        files = work.write(data, Path(folder))
+        files = merged(work.write(data, Path(folder)), {"run": {"seed": seed}})
         private = federated(merged(files, work.common, work.private), private=True)
         public = federated(merged(files, work.common, work.public), private=False)
         config = configuration(merged(files, work.common, work.public), private=False)
@@ -158,6 +158,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(WORKS)}; none: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of who has which record, and of the adapter's start"
+    )
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="data and configurations of the rows")
     asked = parser.parse_args()
     for name in asked.names or WORKS:
@@ -166,7 +169,7 @@ def main() -> None:
                 name, asked.data.resolve(), asked.write.resolve() / name.replace(", ", "-").replace(" ", "-")
             )
             continue
-        row = measure(name, asked.data.resolve())
+        row = measure(name, asked.data.resolve(), asked.seed)
         text = (
             f"{row.task}: {row.metric} {row.baseline_of} {row.baseline:.3f}, ε = {row.epsilon:.2f} "
             f"{row.private:.3f}, federated {row.federated:.3f}, plain {row.plain:.3f} ({row.seconds:.0f} s)"
