@@ -320,7 +320,10 @@ class RunConfig(_Section):
 
     def digest(self) -> bytes:
         """SHA-256 of the configuration in canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        data = self.model_dump(mode="json")
+        if not self.task.chat:
+            del data["task"]["chat"]  # runs that began before there was this key go on
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(b"confide/config/v1" + text.encode()).digest()
 
 

@@ -14,7 +14,7 @@ from common.errors import ModelError
 from common.models import AdaptedModel
 from common.prediction import Predictor
 from common.tables import Table
-from common.turns import Turn, chat_ids
+from common.turns import Turn, chat_ids, user_turn
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def speak(
 def question_ids(predictor: Predictor, question: str) -> list[int]:
     """A question that stands alone, as prompts were read in training."""
     model = predictor.model
-    table = Table("question", ("",), None, (question,), None, (1,))
+    asked = user_turn(question) if predictor.section.chat else question
+    table = Table("question", ("",), None, (asked,), None, (1,))
     examples = model.task.encode(table, model.tokenizer, predictor.max_length)
     return [int(t) for t in examples.tokens[: int(examples.targets([0])[0])]]
 

@@ -166,9 +166,11 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
     starts: list[int] = []
     for row, cells in records:
         rows.append(row)
-        text.append(
-            text_of(cells, columns.template, columns.text, columns.joint, Cell(path, row, columns.text))
-        )
+        if columns.turns and columns.text == columns.prompt:
+            text.append("")  # asked, not trained: there is no answer yet
+        else:
+            where = Cell(path, row, columns.text)
+            text.append(text_of(cells, columns.template, columns.text, columns.joint, where))
         if columns.label is not None and columns.spans:
             begin = None if columns.start is None else cells[columns.start]
             answer, start = span_of(text[-1], cells[columns.label], begin, Cell(path, row, columns.label))

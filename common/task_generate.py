@@ -17,7 +17,7 @@ from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
-from common.turns import chat_ids, conversation
+from common.turns import TRAINING_DAY, chat_ids, conversation
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -66,7 +66,7 @@ class CausalLM:
         found = []
         for row, prompt in zip(table.rows, table.prompt, strict=True):
             try:
-                found.append(chat_ids(tokenizer, conversation(prompt)))
+                found.append(chat_ids(tokenizer, conversation(prompt), TRAINING_DAY))
             except Exception as error:  # a template may raise anything, with the conversation in its message
                 raise DataError(
                     f"{table.source}, row {row}, prompt column: the model's chat template does not take this "

@@ -50,9 +50,7 @@ def serve(
     megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, max=1024, help="Of a request.")] = 4,
     plain: Annotated[
         bool,
-        typer.Option(
-            "--plain", help="Write questions as prompts were in training, not by the chat template."
-        ),
+        typer.Option("--plain", help="Write each question alone, as prompts were in training."),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:

@@ -133,21 +133,24 @@ def _asked(
     text_column: str,
     prompt_column: str | None,
 ) -> Table:
+    from common.cells import Cell
     from common.config import DataSection, TaskKind
     from common.datasets import read_table
     from common.tables import Columns, Table
     from common.targets import columns_of
+    from common.turns import prompt_of
 
     if text is not None and file is not None:
         raise ConfigError("give a text or --file, not both")
     if file is not None and file.suffix.lower() != ".txt":
+        if predictor.section.chat:
+            column = prompt_column or text_column
+            return read_table(file, Columns(column, None, column, turns=True))
         data = DataSection(train=file, text=text_column, prompt=prompt_column)
         joint = columns_of(data, predictor.kind).joint
-        return read_table(
-            file, Columns(text_column, None, prompt_column, joint=joint, turns=predictor.section.chat)
-        )
+        return read_table(file, Columns(text_column, None, prompt_column, joint=joint))
     if text is not None:
-        records: list[tuple[str, str | None]] = [(text, prompt)]
+        records: list[tuple[Any, Any]] = [(text, prompt)]
     else:
         lines = (file.read_text("utf-8") if file is not None else sys.stdin.read()).splitlines()
         records = [_line(line, number, prompt) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -157,6 +160,14 @@ def _asked(
         from common.images import image_text
 
         records = [(image_text(path, Path.cwd()), None) for path, _ in records]
+    if predictor.section.chat:
+        asked = [
+            prompt_of(t if p is None else p, Cell(Path("input"), number, "text"))
+            for number, (t, p) in enumerate(records, start=1)
+        ]
+        records = [("", question) for question in asked]
+    else:
+        records = [(str(t), p) for t, p in records]
     prompts = [p for _, p in records if p is not None]
     if prompts and len(prompts) != len(records):
         raise DataError("either every record has a prompt or none has one")
@@ -170,12 +181,12 @@ def _asked(
     )
 
 
-def _line(line: str, number: int, prompt: str | None) -> tuple[str, str | None]:
+def _line(line: str, number: int, prompt: str | None) -> tuple[Any, Any]:
     if not line.lstrip().startswith("{"):
         return line.strip(), prompt
     try:
         record: Any = json.loads(line)
-        return str(record["text"]), record.get("prompt", prompt)
+        return record["text"], record.get("prompt", prompt)
     except (ValueError, KeyError):
         raise DataError(f"line {number}: expected a text, or a JSON object with `text` in it") from None
 

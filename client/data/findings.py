@@ -130,8 +130,13 @@ class Code(Enum):
     BAD_TURNS = (
         "bad-turns",
         Severity.ERROR,
-        "A system turn or none, then user and assistant in turn, the user first and last; each with role and "
-        "content, and nothing else.",
+        "A system turn or none, then user and assistant by turns, the user first and last; each with role "
+        "and content, and nothing else. Not every model takes a system turn.",
+    )
+    NO_TEMPLATE = (
+        "no-chat-template",
+        Severity.ERROR,
+        "Choose a model that was tuned on conversations, or set task.chat to false.",
     )
     BAD_ANSWER = ("bad-answer", Severity.ERROR, "The answer must stand in the context, word for word.")
     # People

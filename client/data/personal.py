@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -60,11 +60,22 @@ def hits(text: str, kinds: Collection[Personal] = tuple(Personal)) -> list[Hit]:
 
 def mask(text: str, kinds: Collection[Personal]) -> str:
     """`text` with a tag such as [EMAIL] in place of each hit."""
-    parts, at = [], 0
-    for hit in hits(text, kinds):
-        parts += [text[at : hit.start], hit.kind.tag]
-        at = hit.end
-    return "".join([*parts, text[at:]])
+    return mask_parts([text], kinds)[0]
+
+
+def mask_parts(parts: Sequence[str], kinds: Collection[Personal]) -> list[str]:
+    """The same for a text in several parts, such as turns, found as they are read: one after the other."""
+    text, found = "\n".join(parts), []
+    these, begin = hits(text, kinds), 0
+    for part in parts:
+        end, at, pieces = begin + len(part), begin, []
+        for hit in these:
+            if hit.start < end and hit.end > begin:
+                pieces += [text[at : max(hit.start, begin)], hit.kind.tag]
+                at = min(hit.end, end)
+        found.append("".join([*pieces, text[at:end]]))
+        begin = end + 1
+    return found
 
 
 def veiled(text: str, hit: Hit) -> str:

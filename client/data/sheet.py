@@ -15,7 +15,7 @@ from common.cells import Cell, listed, nearest, short, span_of, text_of, type_na
 from common.datasets import FileKind
 from common.errors import DataError
 from common.kinds import TaskKind
-from common.turns import conversation, is_turns, prompt_of
+from common.turns import conversation, prompt_of, turns_in
 
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})
 
@@ -38,6 +38,18 @@ class Sheet:
     def column(self, name: str | None) -> tuple[str | None, ...]:
         """Nothing but None for a column that is not there."""
         return (None,) * len(self) if name is None else self.cells.get(name, (None,) * len(self))
+
+    def parts(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """What people wrote in a column: of a conversation each turn, else the value; nothing where None."""
+        turns = self.subject.columns.turns and name == self.subject.columns.prompt
+        return tuple(
+            ()
+            if value is None
+            else tuple(turn["content"] for turn in conversation(value))
+            if turns
+            else (value,)
+            for value in self.column(name)
+        )
 
     @cached_property
     def text(self) -> tuple[str, ...]:
@@ -123,8 +135,8 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
-        elif name == subject.columns.prompt and subject.columns.turns and is_turns(value):
-            found.append(_said(raw, row.number, name, value, wrong))
+        elif name == subject.columns.prompt and subject.columns.turns and turns_in(value) is not None:
+            found.append(_conversation(raw, row.number, name, value, wrong))
             continue
         elif isinstance(value, list) and lists and all(isinstance(item, str | int) for item in value):
             found.append((subject.columns.joint or " ").join(map(str, value)))
@@ -171,16 +183,14 @@ def _answer(
         return None
 
 
-def _said(
+def _conversation(
     raw: RawFile, number: int, name: str, value: object, wrong: dict[tuple[Code, str], list[int]]
 ) -> str | None:
-    """What was said in a conversation, a turn a line."""
     try:
-        turns = conversation(prompt_of(value, Cell(raw.path, number, name)))
+        return prompt_of(value, Cell(raw.path, number, name))
     except DataError:
         wrong[Code.BAD_TURNS, "whose turns are no conversation"].append(number)
         return None
-    return "\n".join(turn["content"] for turn in turns)
 
 
 def _torn(value: str) -> bool:

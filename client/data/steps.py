@@ -18,7 +18,7 @@ from client.data.characters import (
     strip_invisible,
 )
 from client.data.near import near_duplicates
-from client.data.personal import mask
+from client.data.personal import mask, mask_parts
 from client.data.reading import RawFile, Row
 from client.data.recipe import Step, StepKind
 from client.data.sheet import Sheet, sheet_of
@@ -28,7 +28,7 @@ from common.cells import short
 from common.errors import ConfigError, DataError
 from common.kinds import TaskKind
 from common.targets import SEPARATOR
-from common.turns import listed_turns
+from common.turns import turns_in
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,11 +127,6 @@ def _rewrite(raw: RawFile, subject: Subject, cure: Callable[[str], str], step: S
         match value:
             case str() if words:
                 return " ".join(_word(word, cure) for word in value.split(" "))
-            case str() if subject.columns.turns and (turns := listed_turns(value)):
-                new = cured(turns)
-                return value if new == turns else json.dumps(new, ensure_ascii=False)
-            case dict() if subject.columns.turns:
-                return {key: cured(part) if key == "content" else part for key, part in value.items()}
             case str():
                 return cure(value)
             case list():
@@ -139,7 +134,33 @@ def _rewrite(raw: RawFile, subject: Subject, cure: Callable[[str], str], step: S
             case _:
                 return value
 
-    return _changed(raw, columns, cured)
+    if not subject.columns.turns:
+        return _changed(raw, columns, cured)
+
+    def together(parts: list[str]) -> list[str]:
+        return mask_parts(parts, step.kinds) if step.kind is StepKind.MASK else [cure(p) for p in parts]
+
+    prompt = subject.columns.prompt
+    done = _changed(raw, [name for name in columns if name != prompt], cured)
+    said = _changed(
+        replace(raw, rows=done.rows), [prompt] if prompt else [], lambda value: _cured_turns(value, together)
+    )
+    return Outcome(said.rows, tuple(sorted({*done.changed, *said.changed})))
+
+
+def _cured_turns(value: object, cure: Callable[[list[str]], list[str]]) -> object:
+    """A conversation whose turns are cured together, in the form that it had; text as a lone turn."""
+    turns = turns_in(value)
+    if turns is None:
+        return cure([value])[0] if isinstance(value, str) else value
+    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
+        return value  # no conversation: left to people
+    said = [turn["content"] for turn in turns]
+    cured = cure(said)
+    if cured == said:
+        return value
+    new = [{**turn, "content": content} for turn, content in zip(turns, cured, strict=True)]
+    return new if isinstance(value, list) else json.dumps(new, ensure_ascii=False)
 
 
 def _word(word: Any, cure: Callable[[str], str]) -> Any:

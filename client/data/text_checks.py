@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from client.data.characters import FAULTS
@@ -13,9 +12,8 @@ from client.data.findings import Code, Finding
 from client.data.near import near_duplicates
 from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
-from common.cells import Cell
 from common.kinds import TaskKind
-from common.turns import chat_ids, conversation, prompt_of
+from common.turns import TRAINING_DAY, chat_ids, conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,11 +71,11 @@ def _characters(sheet: Sheet) -> Iterator[Finding]:
     label = sheet.subject.columns.label
     for name in dict.fromkeys((*sheet.subject.texts, *([label] if label else []))):
         rows: dict[Code, list[int]] = defaultdict(list)
-        for number, value in zip(sheet.numbers, sheet.column(name), strict=True):
-            if value and value.strip():
-                for fault in FAULTS:
-                    if fault.found(value):
-                        rows[fault.code].append(number)
+        for number, parts in zip(sheet.numbers, sheet.parts(name), strict=True):
+            written = [part for part in parts if part.strip()]
+            for fault in FAULTS:
+                if any(map(fault.found, written)):
+                    rows[fault.code].append(number)
         for fault in FAULTS:
             if rows[fault.code]:
                 yield _of(fault.code, rows[fault.code], fault.says, name)
@@ -103,12 +101,13 @@ def _personal(sheet: Sheet) -> Iterator[Finding]:
     for name in sheet.subject.texts:
         rows: dict[Personal, list[int]] = defaultdict(list)
         shown: dict[Personal, list[str]] = defaultdict(list)
-        for number, value in zip(sheet.numbers, sheet.column(name), strict=True):
-            for hit in hits(value) if value else ():
+        for number, parts in zip(sheet.numbers, sheet.parts(name), strict=True):
+            written = "\n".join(parts)
+            for hit in hits(written):
                 if rows[hit.kind][-1:] != [number]:
                     rows[hit.kind].append(number)
                     more = f" ({hit.what})" if hit.what != hit.kind.words else ""
-                    shown[hit.kind].append(veiled(value or "", hit) + more)
+                    shown[hit.kind].append(veiled(written, hit) + more)
         for kind in Personal:
             if rows[kind]:
                 examples = "; ".join(shown[kind][:_EXAMPLES])
@@ -186,42 +185,56 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
         return None, ()
     from common.models import load_tokenizer
 
-    tokens = _tokens(sheet, load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    columns, causal = sheet.subject.columns, sheet.subject.kind is TaskKind.CAUSAL_LM
+    if columns.turns and not tokenizer.chat_template:
+        says = f"The tokenizer of {model.name} has no chat template, which task.chat needs."
+        return None, (Finding(Code.NO_TEMPLATE, (), says, columns.prompt),)
+    tokens, refused = _tokens(sheet, tokenizer)
+    findings = []
+    if refused:
+        says = "whose conversation the model's chat template does not take"
+        findings.append(_of(Code.BAD_TURNS, refused, says, columns.prompt or ""))
     counts = [sum(parts) for parts in tokens]
-    lengths = lengths_of("tokens", counts, model.max_length)
     rows = [n for n, parts in zip(sheet.numbers, tokens, strict=True) if _cut(sheet, parts, model.max_length)]
-    if not rows:
-        return lengths, ()
-    says = f"of more than {model.max_length} tokens ({len(rows) / len(counts):.1%}): their rest is not read"
-    if sheet.subject.kind is TaskKind.CAUSAL_LM and sheet.subject.columns.prompt is not None:
-        says = (
-            f"of more than {model.max_length} tokens, or with more than half as many before the answer "
-            f"({len(rows) / len(counts):.1%}): the rest is not read"
-        )
-    return lengths, (_of(Code.CUT_OFF, rows, says, _text_column(sheet)),)
+    lengths = replace(lengths_of("tokens", counts, model.max_length), beyond=len(rows))
+    if rows:
+        more = ", or with more than half as many before the answer" if causal and columns.prompt else ""
+        share = f"({len(rows) / len(counts):.1%})"
+        says = f"of more than {model.max_length} tokens{more} {share}: their rest is not read"
+        findings.append(_of(Code.CUT_OFF, rows, says, _text_column(sheet)))
+    return lengths, tuple(findings)
 
 
-def _tokens(sheet: Sheet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Of each record: tokens of its text, or of its prompt and of its text, as training counts them."""
+def _tokens(
+    sheet: Sheet, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Of each record: tokens of its text, or of its prompt and of its text, as training counts them; and
+    the numbers of rows whose conversation the chat template refuses."""
     kind, columns = sheet.subject.kind, sheet.subject.columns
-    special = 0 if kind is TaskKind.CAUSAL_LM else tokenizer.num_special_tokens_to_add()
+    pair = columns.prompt is not None and kind is not TaskKind.SEQ2SEQ
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
     parts: list[list[int]] = []
     for texts in zip(*sheet.records, strict=True):
         ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         parts.append([len(one) for one in ids])
-    if columns.turns and tokenizer.chat_template:
-        for i, row in enumerate(sheet.raw.rows):
-            if sheet.column(columns.prompt)[i] is not None:
-                prompt = prompt_of(row.cells[columns.prompt or ""], Cell(sheet.raw.path, row.number, ""))
-                with contextlib.suppress(Exception):  # a template may raise anything: training says so
-                    parts[0][i] = len(chat_ids(tokenizer, conversation(prompt)))
+    refused = []
+    if columns.turns:
+        for i, prompt in enumerate(sheet.column(columns.prompt)):
+            try:
+                turns = conversation(prompt or "")
+                parts[0][i] = 0 if prompt is None else len(chat_ids(tokenizer, turns, TRAINING_DAY))
+            except Exception:  # a template may raise anything
+                refused.append(sheet.numbers[i])
     if kind is TaskKind.CAUSAL_LM:
         parts[-1] = [count + 1 for count in parts[-1]]  # the end token
+        begin = 0 if columns.turns or tokenizer.bos_token_id is None else 1
+        parts[0] = [count + begin for count in parts[0]]
     elif kind is TaskKind.SEQ2SEQ:
         parts = [[count + special for count in part] for part in parts]
     else:
         parts[0] = [count + special for count in parts[0]]
-    return list(zip(*parts, strict=True))
+    return list(zip(*parts, strict=True)), tuple(refused)
 
 
 def _cut(sheet: Sheet, parts: tuple[int, ...], longest: int) -> bool:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import confide
 from tests.conftest import SEVERAL
 from tests.e2e.command import invoke
 
@@ -153,9 +155,14 @@ def test_conversations_with_each_site_s_own_people(tmp_path: Path, bpe_folder: P
     run = tmp_path / "runs" / "run"
     records = dialogues.read_text().splitlines()[:4]
     (tmp_path / "asked.jsonl").write_text("\n".join(records))
-    columns = ("--prompt-column", "turns", "--text-column", "answer")
-    answers = invoke("predict", run, "--file", tmp_path / "asked.jsonl", *columns, "--json").splitlines()
-    assert len(answers) == 4
+    asked = ("predict", run, "--file", tmp_path / "asked.jsonl", "--json")
+    answers = invoke(*asked, "--prompt-column", "turns")
+    assert len(answers.splitlines()) == 4
+    assert invoke(*asked, "--text-column", "turns") == answers
+    lines = "".join(json.dumps({"text": json.loads(record)["turns"]}) + "\n" for record in records)
+    assert CliRunner().invoke(confide.app, ["predict", str(run), "--json"], input=lines).stdout == answers
+    refused = CliRunner().invoke(confide.app, ["predict", str(run)], input='{"text": [{"role": "tool"}]}\n')
+    assert "expected turns with role and content" in str(refused.exception)
     assert invoke("ask", run, "w1 good", "--chat") == invoke("ask", run, "w1 good")
 
 

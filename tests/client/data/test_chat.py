@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ import pytest
 from client.data.check import check
 from client.data.cleaning import clean
 from client.data.findings import Code
+from client.data.propose import proposed
 from client.data.reading import read_raw
 from client.data.subject import Subject, subject_of
+from common.config import load_config
 from common.datasets import read_table
+from common.models import load_tokenizer
 from common.tables import Columns
+from common.tasks import make_task
+from common.turns import chat_ids
 from tests.client.data.planted import write
 from tests.client.data.test_check import rows_of
 
@@ -36,13 +44,15 @@ RECORDS: list[tuple[Any, str]] = [
 ]
 
 
-def subject(folder: Path, form: str, model: str = "") -> Subject:
+def subject(
+    folder: Path, form: str, model: str = "", records: Sequence[tuple[Any, str]] = RECORDS
+) -> Subject:
     if form == "jsonl":
-        lines = (json.dumps({"messages": turns, "answer": answer}) + "\n" for turns, answer in RECORDS)
+        lines = (json.dumps({"messages": turns, "answer": answer}) + "\n" for turns, answer in records)
         write(folder, "chat.jsonl", "".join(lines).encode())
     else:
         with (folder / "chat.csv").open("w", newline="") as file:
-            rows = [(t if isinstance(t, str) else json.dumps(t), answer) for t, answer in RECORDS]
+            rows = [(t if isinstance(t, str) else json.dumps(t), answer) for t, answer in records]
             csv.writer(file).writerows([("messages", "answer"), *rows])
     config = folder / "confide.toml"
     config.write_text(
@@ -86,9 +96,6 @@ def test_turns_are_tidied_and_stay_turns(tmp_path: Path, form: str) -> None:
 def test_what_the_template_makes_too_long_is_said(tmp_path: Path, bpe_folder: Path) -> None:
     """Half of the length is the answer's: a conversation that takes more loses its beginning."""
     checked = check(subject(tmp_path, "jsonl", str(bpe_folder)))
-    from common.models import load_tokenizer
-    from common.turns import chat_ids
-
     assert checked.subject.model is not None
     tokenizer = load_tokenizer(checked.subject.model)
     long = set()
@@ -99,3 +106,85 @@ def test_what_the_template_makes_too_long_is_said(tmp_path: Path, bpe_folder: Pa
             long.add(row)
     assert rows_of(checked, Code.CUT_OFF) - {5} == long
     assert long
+
+
+def test_what_the_turns_together_show_is_masked(tmp_path: Path) -> None:
+    """A number is told by the question before it; check finds it, and what it proposes takes it out."""
+    records = [
+        (conversation("Hello.", "What is your BSN, please?", "111222333"), "Thanks, I have it."),
+        (conversation("My date of birth?", "Yes, please.", "It is 01.02.1980"), "Noted, thank you."),
+    ]
+    looked = subject(tmp_path, "jsonl", records=records)
+    looked = replace(looked, model=None)
+    checked = check(looked)
+    personal = {f.code for f in checked.findings if f.code in (Code.NATIONAL_ID, Code.BIRTH_DATE)}
+    assert Code.NATIONAL_ID in personal
+    out = tmp_path / "out.jsonl"
+    clean(looked, write(tmp_path, "recipe.toml", proposed(checked).encode()), out)
+    left = check(replace(looked, train=out))
+    assert not {f.code for f in left.findings} & personal
+    turns: Any = read_raw(out).rows[0].cells["messages"]
+    assert turns == conversation("Hello.", "What is your BSN, please?", "[ID]")
+
+
+def test_an_answer_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
+    answer = json.dumps([{"role": "user", "email": "jane@example.org", "content": "a  b"}])
+    looked = replace(subject(tmp_path, "jsonl", records=[("Who?", answer), ("Where?", "There.")]), model=None)
+    steps = write(tmp_path, "recipe.toml", b'[[step]]\ndo = "mask"\nkinds = ["email"]\n')
+    clean(looked, steps, tmp_path / "out.jsonl")
+    rows = [row.cells["answer"] for row in read_raw(tmp_path / "out.jsonl").rows]
+    assert rows == [answer.replace("jane@example.org", "[EMAIL]"), "There."]
+
+
+def test_half_a_character_is_a_finding_and_no_end(tmp_path: Path, bpe_folder: Path) -> None:
+    looked = subject(tmp_path, "jsonl", str(bpe_folder), [("\ud800 hi", "Hello."), ("Where?", "There.")])
+    assert rows_of(check(looked), Code.WRONG_TYPE) == {1}
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') if messages | length > 1 else 'w1' }}"])
+def test_what_training_would_refuse_is_said(tmp_path: Path, bpe_folder: Path, template: str | None) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(bpe_folder, model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    if template is not None:
+        config["chat_template"] = template
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    checked = check(subject(tmp_path, "jsonl", str(model), RECORDS[:4]))
+    if template is None:
+        assert Code.NO_TEMPLATE in {finding.code for finding in checked.findings}
+    else:
+        assert rows_of(checked, Code.BAD_TURNS) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "sequence-classification"])
+def test_lengths_are_those_of_training(
+    tmp_path: Path, gpt2_folder: Path, kind: str, bert_folder: Path
+) -> None:
+    """Begin token, both separators of a pair, end token: a row is cut off where training cuts it."""
+    causal = kind == "causal-lm"
+    rows = [{"p": "w1 " * n, "t": "w2 " * 3, "label": f"l{n % 2}"} for n in range(1, 20)]
+    write(tmp_path, "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    config = tmp_path / "confide.toml"
+    config.write_text(
+        f'[task]\nkind = "{kind}"\n[model]\nname = "{gpt2_folder if causal else bert_folder}"\n'
+        'max_length = 16\n[data]\ntrain = "t.jsonl"\nprompt = "p"\ntext = "t"\n'
+    )
+    looked = subject_of(config)
+    checked = check(looked)
+    whole = load_config(config, ["model.max_length=512"])
+    tokenizer = load_tokenizer(whole.model)
+    table = read_table(looked.train, looked.columns)
+    examples = make_task(whole.task.kind, ("l0", "l1"), whole.task).encode(table, tokenizer, 512)
+    lengths = [int(b - a) for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
+    before = examples.targets(range(len(table))).tolist()
+    long = {
+        row
+        for row, (n, p) in enumerate(zip(lengths, before, strict=True), start=1)
+        if n > 16 or (causal and p > 8)
+    }
+    assert rows_of(checked, Code.CUT_OFF) == long
+    assert 0 < len(long) < len(rows)
+    assert checked.lengths[1].beyond == len(long)
+    assert (checked.lengths[1].least, checked.lengths[1].most) == (min(lengths), max(lengths))
