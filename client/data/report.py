@@ -28,7 +28,7 @@ def summary_lines(checked: Checked) -> list[str]:
         f"{checked.raw.path}: {rows:,} rows, columns {', '.join(map(short, checked.raw.columns)) or 'none'}"
     ]
     for one in checked.lengths:
-        beyond = f"; {one.beyond:,} longer than {one.limit:,}" if one.beyond else ""
+        beyond = f"; {one.beyond:,} do not fit into {one.limit:,}" if one.beyond else ""
         lines.append(
             f"length in {one.unit}: {one.least:,} to {one.most:,}, half up to {one.median:,}{beyond}"
         )
@@ -80,7 +80,7 @@ def check_page(checked: Checked) -> str:
 def _tiles(checked: Checked) -> str:
     tiles = [("rows", f"{len(checked.raw.rows):,}<small>that can be read</small>")]
     for one in checked.lengths:
-        beyond = f"{one.beyond:,} beyond {one.limit:,}"
+        beyond = f"{one.beyond:,} do not fit into {one.limit:,}"
         tiles.append(
             (f"median {one.unit}", f"{one.median:,}<small>{one.least:,} to {one.most:,}; {beyond}</small>")
         )

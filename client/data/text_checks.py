@@ -23,7 +23,8 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of prompt and text together, in characters or tokens. `beyond`: how many are longer than `limit`."""
+    """Of prompt and text together, in characters or tokens. `beyond`: how many
+    do not fit into `limit`: are dropped, or cut off."""
 
     unit: str
     least: int
