@@ -295,7 +295,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "bert-default": ("bert", {"model": {"head": "default"}}),
     "gpt2-classify": ("gpt2", {}),
     "gpt2-causal": ("gpt2", {"task": {"kind": "causal-lm"}, "data": {"prompt": "prompt"}}),
-    "bpe-chat": ("bpe", {"task": {"kind": "causal-lm", "chat": True}, "data": {"prompt": "prompt"}}),
+    "bpe-chat-causal": ("bpe", {"task": {"kind": "causal-lm", "chat": True}, "data": {"prompt": "prompt"}}),
     "llama-causal": ("llama", {"task": {"kind": "causal-lm"}}),
     "bert-pair": ("bert", {"data": {"prompt": "prompt"}}),
     "bert-mean-pair": ("bert", {"model": {"head": "mean"}, "data": {"prompt": "prompt"}}),

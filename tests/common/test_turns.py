@@ -106,7 +106,7 @@ def test_a_chat_needs_a_causal_model_and_a_prompt(sections: dict[str, dict[str, 
 
 
 def test_training_and_use_write_the_same_tokens(world: Callable[..., World], tmp_path: Path) -> None:
-    this = world("bpe-chat")
+    this = world("bpe-chat-causal")
     tokenizer = this.model.tokenizer
     table = Table("t", ("w3",), None, (prompt_of(TURNS, CELL),), None, (1,))
     examples = this.model.task.encode(table, tokenizer, 200)
@@ -131,7 +131,7 @@ def test_a_model_without_a_template_is_refused(world: Callable[..., World]) -> N
 def test_a_template_that_refuses_names_the_row_and_shows_nothing(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    this = world("bpe-chat")
+    this = world("bpe-chat-causal")
     refusing = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception(messages[0]['content']) }}{% endif %}"
     )
@@ -173,7 +173,7 @@ def test_cleaning_leaves_a_conversation_one(text: str) -> None:
 def test_a_question_cannot_write_other_turns(
     world: Callable[..., World], tmp_path: Path, question: str
 ) -> None:
-    this = world("bpe-chat")
+    this = world("bpe-chat-causal")
     claim = PrivacyClaim(2.9, 2.5, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
     export_adapter(this.model, moved(this.model), this.config, claim, tmp_path / "adapter")
     predictor = open_adapter(tmp_path / "adapter", "cpu")
@@ -184,7 +184,7 @@ def test_a_question_cannot_write_other_turns(
 
 def test_training_writes_one_day(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run could not be resumed on another day, and sites would train on different prompts."""
-    this = world("bpe-chat")
+    this = world("bpe-chat-causal")
     dated = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}"
     monkeypatch.setattr(this.model.tokenizer, "chat_template", dated)
     examples = this.model.task.encode(Table("t", ("",), None, ("w1",), None, (1,)), this.model.tokenizer, 64)
