@@ -77,7 +77,14 @@ def local_cluster() -> ModuleType:
 
 @contextmanager
 def tiny_cluster(
-    folder: Path, model: Path, data: Path, *, sites: int = 3, rounds: int = 2, deadline: float = 60.0
+    folder: Path,
+    model: Path,
+    data: Path,
+    *,
+    sites: int = 3,
+    rounds: int = 2,
+    deadline: float = 60.0,
+    chat: bool = False,
 ) -> Iterator[tuple[Any, str]]:
     """A founded federation with an approved job; nothing runs yet. All that was started is stopped."""
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -86,20 +93,22 @@ def tiny_cluster(
     try:
         cluster.found()
         divide(cluster, data)
-        job = cluster.submit(write_job(cluster, model, rounds, deadline))
+        job = cluster.submit(write_job(cluster, model, rounds, deadline, chat))
         cluster.approve(job)
         yield cluster, job
     finally:
         cluster.stop_all()
 
 
-def write_job(cluster: Any, model: Path, rounds: int, deadline: float) -> Path:
+def write_job(cluster: Any, model: Path, rounds: int, deadline: float, chat: bool = False) -> Path:
     config: Path = cluster.folder / "job.toml"
     labels, name = json.dumps(list(LABELS)), json.dumps(str(model))
     nominal = 120 // cluster.sites
-    config.write_text(
-        CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline, nominal=nominal)
-    )
+    text = CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline, nominal=nominal)
+    if chat:
+        text = text.replace(f"labels = {labels}", 'kind = "causal-lm"\nchat = true')
+        text = text.replace("[data]\n", '[data]\nprompt = "messages"\ntext = "answer"\n')
+    config.write_text(text)
     return config
 
 
@@ -107,10 +116,11 @@ def divide(cluster: Any, data: Path) -> None:
     from common.config import DataSection, TaskKind
 
     table = read_table(data, columns_of(DataSection(train=data), TaskKind.SEQUENCE_CLASSIFICATION))
-    rows = [
-        json.dumps({"text": t, "label": label})
-        for t, label in zip(table.text, table.label or (), strict=True)
-    ]
+    rows = []
+    for t, label in zip(table.text, table.label or (), strict=True):
+        turns = [("user", "w1 w2"), ("assistant", "some"), ("user", t)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rows.append(json.dumps({"text": t, "label": label, "messages": messages, "answer": label}))
     rows = list(dict.fromkeys(rows))
     each = (len(rows) - 20) // cluster.sites
     (cluster.folder / "public.jsonl").write_text("\n".join(rows[:20]) + "\n")

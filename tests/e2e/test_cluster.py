@@ -64,6 +64,21 @@ def test_a_job_over_three_sites(bert_folder: Path, data_file: Path, tmp_path: Pa
         print(f"exchange: median {statistics.median(times):.2f} s of {len(times)}")
 
 
+@pytest.mark.slow
+def test_conversations_over_three_sites(bpe_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Server and sites write the same prompts; the adapter is asked as it was trained."""
+    with tiny_cluster(tmp_path / "c", bpe_folder, data_file, chat=True) as (cluster, job):
+        cluster.start_all()
+        summary = cluster.wait(job, 400)
+        assert summary["rounds_without_sum"] == 0
+        assert summary["metric"] == "token accuracy"
+        check_end(cluster, job, 2)
+        adapter = cluster.job(job) / "adapter"
+        assert cluster.confide("ask", adapter, "w1 good") == cluster.confide(
+            "ask", adapter, "w1 good", "--chat"
+        )
+
+
 def _only_what_is_documented_listens(cluster: Any) -> None:
     if not cluster.network.namespaces:
         pytest.skip("without namespaces other programs listen too")
