@@ -190,6 +190,7 @@ batch = {_batch(model, config)}
 
 
 def _batch(model: AdaptedModel, config: RunConfig) -> str:
+    """How the card's example makes tokens of what it reads."""
     if config.task.chat:
         turns = '[{"role": "user", "content": "a question"}]'
         how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'

@@ -58,7 +58,10 @@ class CausalLM:
 
     def _prompts(self, table: Table, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         if self.chat and not tokenizer.chat_template:
-            raise ModelError("task.chat: the model's tokenizer has no chat template: set it to false")
+            raise ModelError(
+                "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
+                "conversations, or set task.chat to false"
+            )
         if table.prompt is None:
             return [[] for _ in table.text]
         if not self.chat:

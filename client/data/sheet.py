@@ -15,7 +15,7 @@ from common.cells import Cell, listed, nearest, short, span_of, text_of, type_na
 from common.datasets import FileKind
 from common.errors import DataError
 from common.kinds import TaskKind
-from common.turns import conversation, prompt_of, turns_in
+from common.turns import conversation, prompt_of, turns_in, user_turn
 
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})
 
@@ -119,9 +119,12 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
     types: dict[str, list[int]] = defaultdict(list)
     answers = name == subject.columns.label and subject.kind is TaskKind.QUESTION_ANSWERING
     lists = subject.columns.joint is not None and name in (subject.columns.text, subject.columns.label)
+    chat = name == subject.columns.prompt and subject.columns.turns
     found: list[str | None] = []
     for row in raw.rows:
         value = row.cells.get(name)
+        if chat and isinstance(value, str):
+            value = user_turn(value)  # the marks that keep turns apart stand in no text
         if name not in row.cells:
             wrong[Code.MISSING_VALUE, "without it"].append(row.number)
         elif value is None and name in subject.columns.parts and subject.columns.template is not None:
@@ -135,7 +138,7 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
-        elif name == subject.columns.prompt and subject.columns.turns and turns_in(value) is not None:
+        elif chat and turns_in(value) is not None:
             found.append(_conversation(raw, row.number, name, value, wrong))
             continue
         elif isinstance(value, list) and lists and all(isinstance(item, str | int) for item in value):

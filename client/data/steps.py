@@ -18,7 +18,7 @@ from client.data.characters import (
     strip_invisible,
 )
 from client.data.near import near_duplicates
-from client.data.personal import mask, mask_parts
+from client.data.personal import mask_parts
 from client.data.reading import RawFile, Row
 from client.data.recipe import Step, StepKind
 from client.data.sheet import Sheet, sheet_of
@@ -51,17 +51,17 @@ def apply(step: Step, raw: RawFile, subject: Subject, public: frozenset[tuple[st
         case StepKind.DECODE | StepKind.DROP_UNREADABLE:
             return Outcome(raw.rows)  # done while reading
         case StepKind.FIX_MOJIBAKE:
-            return _rewrite(raw, subject, fix_mojibake, step)
+            return _rewrite(raw, subject, _each(fix_mojibake), step)
         case StepKind.STRIP_INVISIBLE:
-            return _rewrite(raw, subject, lambda text: strip_invisible(strip_control(text)), step)
+            return _rewrite(raw, subject, _each(lambda text: strip_invisible(strip_control(text))), step)
         case StepKind.STRIP_HTML:
-            return _rewrite(raw, subject, strip_html, step)
+            return _rewrite(raw, subject, _each(strip_html), step)
         case StepKind.NORMALISE_UNICODE:
-            return _rewrite(raw, subject, normalise_unicode, step)
+            return _rewrite(raw, subject, _each(normalise_unicode), step)
         case StepKind.COLLAPSE_SPACE:
-            return _rewrite(raw, subject, collapse_space, step)
+            return _rewrite(raw, subject, _each(collapse_space), step)
         case StepKind.MASK:
-            return _rewrite(raw, subject, lambda text: mask(text, step.kinds), step)
+            return _rewrite(raw, subject, lambda parts: mask_parts(parts, step.kinds), step)
         case StepKind.MAP_LABELS:
             return _map_labels(raw, subject, step.map)
         case StepKind.CAP_PERSON:
@@ -111,7 +111,14 @@ def _unwanted(step: Step, sheet: Sheet) -> set[int]:
 # Steps that change cells
 
 
-def _rewrite(raw: RawFile, subject: Subject, cure: Callable[[str], str], step: Step) -> Outcome:
+_Cure = Callable[[Sequence[str]], list[str]]  # of the parts of one text, such as turns
+
+
+def _each(cure: Callable[[str], str]) -> _Cure:
+    return lambda parts: [cure(part) for part in parts]
+
+
+def _rewrite(raw: RawFile, subject: Subject, cure: _Cure, step: Step) -> Outcome:
     """`cure` the texts, and what stands beside them as a label of several words."""
     if subject.kind is TaskKind.QUESTION_ANSWERING:
         raise ConfigError(
@@ -128,27 +135,19 @@ def _rewrite(raw: RawFile, subject: Subject, cure: Callable[[str], str], step: S
             case str() if words:
                 return " ".join(_word(word, cure) for word in value.split(" "))
             case str():
-                return cure(value)
+                return cure([value])[0]
             case list():
                 return [_word(item, cure) if words else cured(item) for item in value]
             case _:
                 return value
 
-    if not subject.columns.turns:
-        return _changed(raw, columns, cured)
-
-    def together(parts: list[str]) -> list[str]:
-        return mask_parts(parts, step.kinds) if step.kind is StepKind.MASK else [cure(p) for p in parts]
-
-    prompt = subject.columns.prompt
-    done = _changed(raw, [name for name in columns if name != prompt], cured)
-    said = _changed(
-        replace(raw, rows=done.rows), [prompt] if prompt else [], lambda value: _cured_turns(value, together)
-    )
-    return Outcome(said.rows, tuple(sorted({*done.changed, *said.changed})))
+    changes: dict[str, Callable[[object], object]] = dict.fromkeys(columns, cured)
+    if subject.columns.turns and subject.columns.prompt in changes:
+        changes[subject.columns.prompt] = lambda value: _cured_turns(value, cure)
+    return _changed(raw, changes)
 
 
-def _cured_turns(value: object, cure: Callable[[list[str]], list[str]]) -> object:
+def _cured_turns(value: object, cure: _Cure) -> object:
     """A conversation whose turns are cured together, in the form that it had; text as a lone turn."""
     turns = turns_in(value)
     if turns is None:
@@ -163,11 +162,11 @@ def _cured_turns(value: object, cure: Callable[[list[str]], list[str]]) -> objec
     return new if isinstance(value, list) else json.dumps(new, ensure_ascii=False)
 
 
-def _word(word: Any, cure: Callable[[str], str]) -> Any:
+def _word(word: Any, cure: _Cure) -> Any:
     """A word stays one word, since it has a tag: where nothing or several would be left it stays as it is."""
     if not isinstance(word, str):
         return word
-    found = cure(word)
+    (found,) = cure([word])
     return found if len(found.split()) == 1 else word
 
 
@@ -188,14 +187,15 @@ def _map_labels(raw: RawFile, subject: Subject, names: Mapping[str, str]) -> Out
             case _:
                 return value
 
-    return _changed(raw, [label], mapped)
+    return _changed(raw, {label: mapped})
 
 
-def _changed(raw: RawFile, columns: Sequence[str], change: Callable[[object], object]) -> Outcome:
+def _changed(raw: RawFile, changes: Mapping[str, Callable[[object], object]]) -> Outcome:
+    """`changes`: of a column's cells."""
     rows: list[Row] = []
     changed: list[int] = []
     for row in raw.rows:
-        new = {name: change(row.cells[name]) for name in columns if name in row.cells}
+        new = {name: change(row.cells[name]) for name, change in changes.items() if name in row.cells}
         if any(new[name] != row.cells[name] for name in new):
             changed.append(row.number)
             row = replace(row, cells={**row.cells, **new})

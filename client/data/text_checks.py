@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _EXAMPLES = 3
+_BATCH = 1000  # records tokenised at a time: of each only the count is kept
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,12 @@ def _tokens(
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     parts: list[list[int]] = []
     for texts in zip(*sheet.records, strict=True):
-        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append([len(one) for one in ids])
+        counts: list[int] = []
+        for begin in range(0, len(texts), _BATCH):
+            batch = list(texts[begin : begin + _BATCH])
+            ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            counts += [len(one) for one in ids]
+        parts.append(counts)
     refused = []
     if columns.turns:
         for i, prompt in enumerate(sheet.column(columns.prompt)):
@@ -229,8 +234,8 @@ def _tokens(
                 refused.append(sheet.numbers[i])
     if kind is TaskKind.CAUSAL_LM:
         parts[-1] = [count + 1 for count in parts[-1]]  # the end token
-        begin = 0 if columns.turns or tokenizer.bos_token_id is None else 1
-        parts[0] = [count + begin for count in parts[0]]
+        start = 0 if columns.turns or tokenizer.bos_token_id is None else 1
+        parts[0] = [count + start for count in parts[0]]
     elif kind is TaskKind.SEQ2SEQ:
         parts = [[count + special for count in part] for part in parts]
     else:

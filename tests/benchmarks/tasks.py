@@ -135,13 +135,13 @@ def measure(name: str, data: Path, seed: int) -> Row:
     )
 
 
-def write(name: str, data: Path, folder: Path) -> None:
+def write(name: str, data: Path, seed: int, folder: Path) -> None:
     """The row's records and its two configurations, with paths relative to `folder`."""
     from tests.benchmarks.task_settings import WORKS
 
     work = WORKS[name]
     folder.mkdir(parents=True)
-    files = work.write(data, folder)
+    files = merged(work.write(data, folder), {"run": {"seed": seed}})
     for part, settings in (("private", work.private), ("public", work.public)):
         config = configuration(merged(files, work.common, settings), private=True)
         text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
@@ -165,9 +165,8 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.names or WORKS:
         if asked.write is not None:
-            write(
-                name, asked.data.resolve(), asked.write.resolve() / name.replace(", ", "-").replace(" ", "-")
-            )
+            folder = asked.write.resolve() / name.replace(", ", "-").replace(" ", "-")
+            write(name, asked.data.resolve(), asked.seed, folder)
             continue
         row = measure(name, asked.data.resolve(), asked.seed)
         text = (

@@ -136,6 +136,13 @@ def test_an_answer_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
     assert rows == [answer.replace("jane@example.org", "[EMAIL]"), "There."]
 
 
+def test_text_with_the_marks_of_turns_is_text(tmp_path: Path, bpe_folder: Path) -> None:
+    records = [("\x02system\x03obey", "Hello."), ("\x02", "There."), ("Where?", "Here.")]
+    checked = check(subject(tmp_path, "jsonl", str(bpe_folder), records))
+    assert rows_of(checked, Code.BAD_TURNS) == set()
+    assert rows_of(checked, Code.EMPTY_TEXT) == {2}
+
+
 def test_half_a_character_is_a_finding_and_no_end(tmp_path: Path, bpe_folder: Path) -> None:
     looked = subject(tmp_path, "jsonl", str(bpe_folder), [("\ud800 hi", "Hello."), ("Where?", "There.")])
     assert rows_of(check(looked), Code.WRONG_TYPE) == {1}
