@@ -103,7 +103,7 @@ class TaskSection(_Section):
     labels: tuple[str, ...] = ()  # names of classes or tags; empty: those found in the training data
     class_weights: tuple[Positive, ...] = ()  # public; of each label's loss, in the order of labels
     range: tuple[Finite, Finite] | None = None  # regression: public bounds of its numbers
-    chat: StrictBool = False  # causal-lm: prompts are conversations, written by the model's chat template
+    chat: StrictBool = False  # causal-lm: records are conversations, written by the model's chat template
 
 
 class ModelSection(_Section):

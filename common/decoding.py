@@ -47,14 +47,14 @@ def decoded_scores(
 def _questions(
     model: AdaptedModel, examples: Examples, indices: IntArray
 ) -> tuple[list[list[int]], list[str]]:
-    """What is read and what should be written, shortest first."""
+    """What is read and what should be written, of a dialogue its first answer; shortest first."""
     questions, wanted = [], []
     for i in sorted(indices.tolist(), key=lambda i: int(examples.lengths[i])):
         ids = examples.tokens[examples.starts[i] : examples.starts[i + 1]]
         match model.task.kind:
-            case TaskKind.CAUSAL_LM if int(np.asarray(examples.target[i])) > 1:
-                cut = int(np.asarray(examples.target[i]))
-                question, answer = ids[:cut], ids[cut:]
+            case TaskKind.CAUSAL_LM if int(examples.target[i][0]) > 1:
+                begin, *more = (int(place) for place in examples.target[i])
+                question, answer = ids[:begin], ids[begin : more[0] if more else None]
             case TaskKind.SEQ2SEQ if isinstance(examples.target, Ragged):
                 question, answer = ids, examples.target[i]
             case _:

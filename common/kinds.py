@@ -93,10 +93,12 @@ def misfit(
         return "task.range: regression needs the public range of its numbers, such as [0, 5]"
     if range_ is not None and kind is not TaskKind.REGRESSION:
         return f"task.range: is for regression, not {name}; leave it out"
-    if chat and (kind is not TaskKind.CAUSAL_LM or prompt is None):
+    if chat and kind is not TaskKind.CAUSAL_LM:
+        return f"task.chat: is for causal-lm, not {name}; leave it out"
+    if chat and prompt is None and template is not None:
         return (
-            f"task.chat: is for causal-lm with data.prompt, the column of the conversation; found {name}"
-            + (" without data.prompt" if prompt is None else "")
+            "data.template: with task.chat an answer may be made by a template, a dialogue may not. Name the "
+            "column of the conversation in data.prompt"
         )
     if template is not None and kind in (
         TaskKind.TOKEN_CLASSIFICATION,

@@ -170,7 +170,7 @@ def _question(examples: Examples, i: int, predictor: Predictor) -> list[int]:
     ids: Sequence[int] = examples.tokens[examples.starts[i] : examples.starts[i + 1]].tolist()
     if predictor.kind is TaskKind.SEQ2SEQ:
         return list(ids)
-    return list(ids[: int(examples.target[i])])
+    return list(ids[: int(examples.target[i][0])])
 
 
 def _named(predictor: Predictor, text: str, row: torch.Tensor) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def question_ids(predictor: Predictor, question: str) -> list[int]:
     asked = user_turn(question) if predictor.section.chat else question
     table = Table("question", ("",), None, (asked,), None, (1,))
     examples = model.task.encode(table, model.tokenizer, predictor.max_length)
-    return [int(t) for t in examples.tokens[: int(examples.targets([0])[0])]]
+    return [int(t) for t in examples.tokens[: int(examples.target[0][0])]]
 
 
 @dataclass

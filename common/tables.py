@@ -24,7 +24,7 @@ from common.cells import (
     value_of,
 )
 from common.errors import DataError
-from common.turns import prompt_of
+from common.turns import dialogue_of, halves, prompt_of, user_turn
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,17 @@ class Columns:
     template: str | None = None  # the text is made of columns: "age {age}, trade {trade}"
     joint: str | None = None  # between items of a list in label and text, or IMAGES; None: no lists
     spans: bool = False  # the label is a stretch of the text
-    turns: bool = False  # the prompt may be a conversation
+    turns: bool = False  # the prompt may be a conversation; without a prompt the text is a whole dialogue
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
         """The columns that the text is made of."""
         return (self.text,) if self.template is None else template_fields(self.template)
+
+    @property
+    def conversations(self) -> str | None:
+        """The column of conversations."""
+        return (self.prompt or self.text) if self.turns else None
 
     def __post_init__(self) -> None:
         for role in ("text", "label", "prompt", "group", "start"):
@@ -166,11 +171,16 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
     starts: list[int] = []
     for row, cells in records:
         rows.append(row)
-        if columns.turns and columns.text == columns.prompt:
+        where = Cell(path, row, columns.text)
+        if columns.turns and columns.prompt is None:
+            before, answered = halves(dialogue_of(cells[columns.text], where))
+            prompt.append(before)
+            text.append(answered)
+        elif columns.turns and columns.text == columns.prompt:
             text.append("")  # asked, not trained: there is no answer yet
         else:
-            where = Cell(path, row, columns.text)
-            text.append(text_of(cells, columns.template, columns.text, columns.joint, where))
+            read = text_of(cells, columns.template, columns.text, columns.joint, where)
+            text.append(user_turn(read) if columns.turns else read)
         if columns.label is not None and columns.spans:
             begin = None if columns.start is None else cells[columns.start]
             answer, start = span_of(text[-1], cells[columns.label], begin, Cell(path, row, columns.label))
@@ -179,8 +189,8 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
         elif columns.label is not None:
             label.append(label_of(cells[columns.label], columns.joint, Cell(path, row, columns.label)))
         if columns.prompt is not None:
-            read = prompt_of if columns.turns else value_of
-            prompt.append(read(cells[columns.prompt], Cell(path, row, columns.prompt)))
+            reading = prompt_of if columns.turns else value_of
+            prompt.append(reading(cells[columns.prompt], Cell(path, row, columns.prompt)))
         if columns.group is not None:
             group.append(filled(cells[columns.group], Cell(path, row, columns.group)))
     if not rows:
@@ -189,7 +199,7 @@ def table_of(path: Path, columns: Columns, records: Iterable[Record]) -> Table:
         source=path.name,
         text=tuple(text),
         label=None if columns.label is None else tuple(label),
-        prompt=None if columns.prompt is None else tuple(prompt),
+        prompt=tuple(prompt) if columns.prompt is not None or columns.turns else None,
         group=None if columns.group is None else tuple(group),
         rows=tuple(rows),
         start=tuple(starts) if columns.spans else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
-from common.turns import TRAINING_DAY, chat_ids, conversation
+from common.turns import TRAINING_DAY, answers, dialogue_ids
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -28,8 +29,9 @@ class CausalLM:
 
     A record's loss is the mean over *its own* answer tokens. The usual mean over a batch's tokens makes
     one record's gradient depend on the others' lengths, which no clipping bounds.
-    `target` holds the number of leading prompt tokens, which bear no loss. With `chat` a prompt is a
-    conversation (common.turns), written by the model's chat template.
+    With `chat` a record is a conversation (common.turns), written by the model's chat template, and every
+    answer in its text bears loss. `target` is ragged: the places of a record where an answer begins, where
+    it ends, where the next one begins, and so on; the last may go to the end.
     Sums: the share of the answer's tokens that come first; the loss of the answer's tokens, and their number.
     """
 
@@ -42,51 +44,61 @@ class CausalLM:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
         end = [int(tokenizer.eos_token_id)]
-        texts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
-        prompts = self._prompts(table, tokenizer)
+        last = [answers(text)[-1]["content"] for text in table.text] if self.chat else list(table.text)
+        texts = tokenizer(last, add_special_tokens=False)["input_ids"]
+        read = self._read(table, tokenizer)
         # A template writes its own beginning.
         bare = self.chat or tokenizer.bos_token_id is None
         start = [] if bare else [int(tokenizer.bos_token_id)]
-        ids, masked = [], []
-        for prompt, text in zip(prompts, texts, strict=True):
-            # A long prompt keeps its end, and at least half of the length is left to the answer.
-            room = max_length // 2 - len(start)
-            head = start + prompt[len(prompt) - min(room, len(prompt)) :]
-            ids.append((head + text + end)[:max_length])
-            masked.append(max(len(head), 1))
-        return pack(ids, masked)
+        ids, own = [], []
+        for (before, places), text in zip(read, texts, strict=True):
+            # A long prompt keeps its end, and at least half of the length is left to what follows.
+            cut = max(0, places[0] - (max_length // 2 - len(start)))
+            ids.append((start + before[cut:] + text + end)[:max_length])
+            first, *more = (place - cut + len(start) for place in places)
+            own.append([max(first, 1), *more])
+        return pack(ids, Ragged.of(own, np.int64))
 
-    def _prompts(self, table: Table, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def _read(
+        self, table: Table, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[list[int], Sequence[int]]]:
+        """Of each record the tokens up to its last answer, and the places in them, as of `target`."""
         if self.chat and not tokenizer.chat_template:
             raise ModelError(
                 "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
                 "conversations, or set task.chat to false"
             )
         if table.prompt is None:
-            return [[] for _ in table.text]
+            return [([], (0,)) for _ in table.text]
         if not self.chat:
-            return list(tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"])
-        found = []
-        for row, prompt in zip(table.rows, table.prompt, strict=True):
+            prompts = tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"]
+            return [(prompt, (len(prompt),)) for prompt in prompts]
+        found: list[tuple[list[int], Sequence[int]]] = []
+        for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
             try:
-                found.append(chat_ids(tokenizer, conversation(prompt), TRAINING_DAY))
+                found.append(dialogue_ids(tokenizer, prompt, text, TRAINING_DAY))
             except Exception as error:  # a template may raise anything, with the conversation in its message
                 raise DataError(
-                    f"{table.source}, row {row}, prompt column: the model's chat template does not take this "
-                    f"conversation ({type(error).__name__}). Not every model takes a system turn: put it "
-                    "into the user's first."
+                    f"{table.source}, row {row}: the model's chat template does not take this conversation "
+                    f"({type(error).__name__}). Not every model takes a system turn: put it into the user's "
+                    "first. Not every template can be trained on dialogues of several answers: make them "
+                    "records of one answer each, with data.prompt."
                 ) from None
         return found
 
     def made_up(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> Examples:
-        return made_up_text(rng, tokenizer, np.ones(len(MADE_UP_LENGTHS), dtype=np.int64))
+        own = [[1]] * (len(MADE_UP_LENGTHS) - 1)
+        return made_up_text(
+            rng, tokenizer, Ragged.of([*own, [1, 2, 3]] if self.chat else [*own, [1]], np.int64)
+        )
 
     def _own_tokens(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token labels `(n, longest - 1)` and which of them belong to the answer."""
         labels = batch.inputs["input_ids"][:, 1:]
         position = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-        own = (batch.inputs["attention_mask"][:, 1:] == 1) & (position >= batch.target[:, None])
-        return labels, own
+        places = batch.target[:, :, None]
+        passed = ((places != NO_TARGET) & (position >= places)).sum(dim=1)
+        return labels, (batch.inputs["attention_mask"][:, 1:] == 1) & (passed % 2 == 1)
 
     @staticmethod
     def _own_mean(values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""Conversations: the turns that stand before an answer, as a model's chat template writes them.
+"""Conversations, whole or up to an answer, and their tokens as a model's chat template writes them.
 
 Turns are what OpenAI's clients call messages: objects with `role` and `content`. First a system turn, where
 there is one; then the user and the assistant by turns, the user first and last, since the assistant's is the
-answer.
+answer. A whole dialogue goes on after the first answer; what the user says after the last one is not read.
 
 In a table a conversation is one string, as every value is: of equal conversations the same one, and a lone
-turn of the user is its content. Two control characters keep turns apart; they are taken out of contents.
+turn of the user is its content, as a lone answer is. Two control characters keep turns apart; they are taken
+out of contents.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from common.cells import Cell, value_of
+from common.cells import Cell, type_name, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ TRAINING_DAY = datetime(2026, 1, 1)  # for templates that write the date: one fo
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _TURN, _SAID = "\x02", "\x03"
 _USER, _ASSISTANT, _SYSTEM = "user", "assistant", "system"
-_WANTED = "a system turn or none, then turns of user and assistant, the user first and last"
+_WANTED = "a system turn or none, then turns of user and assistant, the user first"
 
 
 def prompt_of(value: object, cell: Cell) -> str:
@@ -41,6 +42,40 @@ def prompt_of(value: object, cell: Cell) -> str:
     turns = turns_in(value)
     if turns is None:
         return user_turn(value_of(value, cell))
+    kept = _checked(turns, cell)
+    if kept[-1][0] != _USER:
+        raise cell.fault(f"{_WANTED} and last", _described(kept))
+    return _marked(kept) if len(kept) > 1 else kept[0][1]
+
+
+def dialogue_of(value: object, cell: Cell) -> str:
+    """A whole dialogue from a cell, up to its last answer: a list of turns, or the JSON of one.
+
+    Raises:
+        DataError: it is none, or nobody answers in it. No content is shown.
+    """
+    turns = turns_in(value)
+    if turns is None:
+        found = "text" if isinstance(value, str) else type_name(value)
+        raise cell.fault("a dialogue, a list of turns with role and content", found)
+    kept = _checked(turns, cell)
+    if kept[-1][0] == _USER:
+        kept.pop()
+    if _ASSISTANT not in (role for role, _ in kept):
+        raise cell.fault("a dialogue with an answer in it", "none")
+    return _marked(kept)
+
+
+def halves(dialogue: str) -> tuple[str, str]:
+    """What stands before the first answer of what `dialogue_of` made, as `prompt_of` has it; and the rest."""
+    turns = [(turn["role"], turn["content"]) for turn in conversation(dialogue)]
+    first = [role for role, _ in turns].index(_ASSISTANT)
+    before = _marked(turns[:first]) if first > 1 else turns[0][1]
+    return before, turns[first][1] + _marked(turns[first + 1 :])
+
+
+def _checked(turns: Sequence[object], cell: Cell) -> list[tuple[str, str]]:
+    """(role, content) of each turn, at least one, of user and assistant by turns."""
     kept: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, start=1):
         given = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
@@ -52,15 +87,22 @@ def prompt_of(value: object, cell: Cell) -> str:
         kept.append((given["role"], content))
     roles = [role if role in (_USER, _ASSISTANT, _SYSTEM) else "another" for role, _ in kept]
     said = roles[1:] if roles[:1] == [_SYSTEM] else roles
-    if len(said) % 2 == 0 or said != [(_USER, _ASSISTANT)[i % 2] for i in range(len(said))]:
-        raise cell.fault(_WANTED, f"{len(roles)} turns of {', '.join(roles[:10])}" if roles else "no turn")
-    if len(kept) == 1:
-        return kept[0][1]
-    return "".join(f"{_TURN}{role}{_SAID}{content}" for role, content in kept)
+    if not said or said != [(_USER, _ASSISTANT)[i % 2] for i in range(len(said))]:
+        raise cell.fault(_WANTED, _described(kept))
+    return kept
+
+
+def _described(turns: Sequence[tuple[str, str]]) -> str:
+    roles = [role if role in (_USER, _ASSISTANT, _SYSTEM) else "another" for role, _ in turns]
+    return f"{len(roles)} turns of {', '.join(roles[:10])}" if roles else "no turn"
+
+
+def _marked(turns: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"{_TURN}{role}{_SAID}{content}" for role, content in turns)
 
 
 def user_turn(text: str) -> str:
-    """`text` as the user's lone turn, whatever it looks like."""
+    """`text` as a lone turn, whatever it looks like."""
     return text.replace(_TURN, "").replace(_SAID, "")
 
 
@@ -79,17 +121,26 @@ def turns_in(value: object) -> list[Any] | None:
 
 
 def conversation(prompt: str) -> list[Turn]:
-    """The turns of what `prompt_of` made."""
-    if not prompt.startswith(_TURN):
-        return [{"role": _USER, "content": prompt}]
-    parts = (turn.split(_SAID, 1) for turn in prompt[1:].split(_TURN))
-    return [{"role": role, "content": content} for role, content in parts]
+    """The turns of what `prompt_of` or `dialogue_of` made."""
+    first, *marked = prompt.split(_TURN)
+    lone = [] if prompt.startswith(_TURN) else [{"role": _USER, "content": first}]
+    return lone + [dict(zip(("role", "content"), turn.split(_SAID, 1), strict=True)) for turn in marked]
+
+
+def answers(text: str) -> list[Turn]:
+    """The turns from the first answer on: of the second half of a dialogue, or of a lone answer."""
+    first, _, rest = text.partition(_TURN)
+    return [{"role": _ASSISTANT, "content": first}, *(conversation(_TURN + rest) if rest else ())]
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    today: datetime | None = None,
+    *,
+    asks: bool = True,
 ) -> list[int]:
-    """The tokens of a conversation by the chat template, up to where the answer begins.
+    """The tokens of a conversation by the chat template, up to where the answer begins if it `asks` for one.
 
     `today`: the day that a template may write; `None`: this one.
     """
@@ -97,11 +148,51 @@ def chat_ids(
     made = tokenizer.apply_chat_template(
         list(turns),
         chat_template=template if today is None else _on_day(template, today),
-        add_generation_prompt=True,
+        add_generation_prompt=asks,
         tokenize=True,
         return_dict=True,
     )
     return list(made["input_ids"])
+
+
+def dialogue_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, today: datetime
+) -> tuple[list[int], list[int]]:
+    """The tokens of a dialogue up to where its last answer begins; and places in them, of each answer in
+    `text` but the last its beginning and its end, of the last where it will begin.
+
+    Raises:
+        ValueError: the template writes an answer, or what stands before it, otherwise once more is said.
+    """
+    before = conversation(prompt)
+    turns = [*before, *answers(text)]
+    ids = chat_ids(tokenizer, before, today)
+    places = [len(ids)]
+    for asked in range(len(before) + 2, len(turns), 2):  # the answer before stands at asked - 2
+        read = chat_ids(tokenizer, turns[:asked], today)
+        places += [_answer_end(tokenizer, turns[: asked - 1], ids, read, today), len(read)]
+        ids = read
+    return ids, places
+
+
+def _answer_end(
+    tokenizer: PreTrainedTokenizerBase,
+    answered: Sequence[Turn],
+    asked: Sequence[int],
+    longer: Sequence[int],
+    today: datetime,
+) -> int:
+    """Where in `longer` the answer ends that begins after `asked`: with its end token, or with the turn."""
+    if longer[: len(asked)] != asked:
+        raise ValueError("the template writes what was said otherwise once more is said")
+    turn = chat_ids(tokenizer, answered, today, asks=False)
+    known = len(turn) > len(asked) and longer[: len(turn)] == turn
+    answer = longer[len(asked) : len(turn) if known else None]
+    if tokenizer.eos_token_id in answer:
+        return len(asked) + answer.index(tokenizer.eos_token_id) + 1
+    if not known:
+        raise ValueError("the template writes an answer otherwise once more is said")
+    return len(turn)
 
 
 @cache

@@ -192,7 +192,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}is"
+    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(str(folder))
     config = LlamaConfig(
         vocab_size=len(fast) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -231,6 +231,22 @@ def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 128, (12, 16))
             pixels[:, :8] += 120 * (label == "good")
             file.write(json.dumps({"text": pixels.tolist(), "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dialogue_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 dialogues of one to three answers; an answer follows from what was asked."""
+    path = tmp_path_factory.mktemp("dialogues") / "records.jsonl"
+    rng = np.random.default_rng(11)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(160):
+            turns = [{"role": "system", "content": f"n{i}"}] if i % 3 == 0 else []
+            for _ in range(1 + i % 3):
+                label = LABELS[int(rng.integers(2))]
+                turns.append({"role": "user", "content": f"w{rng.integers(40)} {label}"})
+                turns.append({"role": "assistant", "content": label})
+            file.write(json.dumps({"turns": turns, "group": f"g{i % 8}"}) + "\n")
     return path
 
 
@@ -279,6 +295,12 @@ def tiny_model(config: RunConfig) -> AdaptedModel:
     return load_model(config, make_task(config.task.kind, names.get(config.task.kind, ()), config.task))
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}is\n{{ m['content'] + eos_token }}"
+    "{% else %}{{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}is\n{% endif %}"
+)
+
+
 @dataclass(frozen=True)
 class World:
     """A tiny model and the records of `data_file`, tokenised for it. Shared by tests, as by sites: whoever
@@ -296,6 +318,7 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "gpt2-classify": ("gpt2", {}),
     "gpt2-causal": ("gpt2", {"task": {"kind": "causal-lm"}, "data": {"prompt": "prompt"}}),
     "bpe-chat-causal": ("bpe", {"task": {"kind": "causal-lm", "chat": True}, "data": {"prompt": "prompt"}}),
+    "bpe-dialogues-causal": ("bpe", {"task": {"kind": "causal-lm", "chat": True}, "data": {"text": "turns"}}),
     "llama-causal": ("llama", {"task": {"kind": "causal-lm"}}),
     "bert-pair": ("bert", {"data": {"prompt": "prompt"}}),
     "bert-mean-pair": ("bert", {"model": {"head": "mean"}, "data": {"prompt": "prompt"}}),
@@ -326,6 +349,7 @@ def world(
     vit_folder: Path,
     data_file: Path,
     image_file: Path,
+    dialogue_file: Path,
 ) -> Callable[..., World]:
     """`world(kind, method)`: see KINDS; built once for each."""
     folders = {
@@ -341,7 +365,7 @@ def world(
     @cache
     def build(kind: str, method: str = "ffa") -> World:
         folder, sections = KINDS[kind]
-        records = image_file if folder == "vit" else data_file
+        records = {"vit-images": image_file, "bpe-dialogues-causal": dialogue_file}.get(kind, data_file)
         config = tiny_config(folders[folder], records, **sections, adapter={"rank": 2, "method": method})
         model = tiny_model(config)
         table = read_table(records, columns_of(config.data, config.task.kind, config.task.chat))

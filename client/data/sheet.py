@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from common.cells import Cell, listed, nearest, short, span_of, text_of, type_na
 from common.datasets import FileKind
 from common.errors import DataError
 from common.kinds import TaskKind
-from common.turns import conversation, prompt_of, turns_in, user_turn
+from common.turns import conversation, dialogue_of, halves, prompt_of, turns_in, user_turn
 
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})
 
@@ -41,7 +41,7 @@ class Sheet:
 
     def parts(self, name: str) -> tuple[tuple[str, ...], ...]:
         """What people wrote in a column: of a conversation each turn, else the value; nothing where None."""
-        turns = self.subject.columns.turns and name == self.subject.columns.prompt
+        turns = name == self.subject.columns.conversations
         return tuple(
             ()
             if value is None
@@ -71,9 +71,12 @@ class Sheet:
     @cached_property
     def records(self) -> tuple[tuple[str, ...], ...]:
         """Text, or prompt and text, of each record: what makes two records the same."""
-        if self.subject.columns.prompt is None:
+        columns = self.subject.columns
+        if columns.turns and columns.prompt is None:
+            return tuple(halves(text) if text else ("", "") for text in self.text)
+        if columns.prompt is None:
             return tuple((text.strip(),) for text in self.text)
-        prompt = self.column(self.subject.columns.prompt)
+        prompt = self.column(columns.prompt)
         return tuple(((p or "").strip(), t.strip()) for p, t in zip(prompt, self.text, strict=True))
 
 
@@ -119,11 +122,12 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
     types: dict[str, list[int]] = defaultdict(list)
     answers = name == subject.columns.label and subject.kind is TaskKind.QUESTION_ANSWERING
     lists = subject.columns.joint is not None and name in (subject.columns.text, subject.columns.label)
-    chat = name == subject.columns.prompt and subject.columns.turns
+    chat = name == subject.columns.conversations
+    whole = chat and subject.columns.prompt is None
     found: list[str | None] = []
     for row in raw.rows:
         value = row.cells.get(name)
-        if chat and isinstance(value, str):
+        if subject.columns.turns and isinstance(value, str):
             value = user_turn(value)  # the marks that keep turns apart stand in no text
         if name not in row.cells:
             wrong[Code.MISSING_VALUE, "without it"].append(row.number)
@@ -138,8 +142,10 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
-        elif chat and turns_in(value) is not None:
-            found.append(_conversation(raw, row.number, name, value, wrong))
+        elif chat and (turns_in(value) is not None or (whole and str(value).strip())):
+            found.append(
+                _conversation(raw, row.number, name, value, wrong, dialogue_of if whole else prompt_of)
+            )
             continue
         elif isinstance(value, list) and lists and all(isinstance(item, str | int) for item in value):
             found.append((subject.columns.joint or " ").join(map(str, value)))
@@ -187,10 +193,15 @@ def _answer(
 
 
 def _conversation(
-    raw: RawFile, number: int, name: str, value: object, wrong: dict[tuple[Code, str], list[int]]
+    raw: RawFile,
+    number: int,
+    name: str,
+    value: object,
+    wrong: dict[tuple[Code, str], list[int]],
+    reading: Callable[[object, Cell], str],
 ) -> str | None:
     try:
-        return prompt_of(value, Cell(raw.path, number, name))
+        return reading(value, Cell(raw.path, number, name))
     except DataError:
         wrong[Code.BAD_TURNS, "whose turns are no conversation"].append(number)
         return None

@@ -142,8 +142,8 @@ def _rewrite(raw: RawFile, subject: Subject, cure: _Cure, step: Step) -> Outcome
                 return value
 
     changes: dict[str, Callable[[object], object]] = dict.fromkeys(columns, cured)
-    if subject.columns.turns and subject.columns.prompt in changes:
-        changes[subject.columns.prompt] = lambda value: _cured_turns(value, cure)
+    if subject.columns.conversations is not None:
+        changes[subject.columns.conversations] = lambda value: _cured_turns(value, cure)
     return _changed(raw, changes)
 
 

@@ -13,7 +13,7 @@ from client.data.near import near_duplicates
 from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
 from common.kinds import TaskKind
-from common.turns import TRAINING_DAY, chat_ids, conversation
+from common.turns import TRAINING_DAY, answers, dialogue_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,17 +191,18 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
     columns, causal = sheet.subject.columns, sheet.subject.kind is TaskKind.CAUSAL_LM
     if columns.turns and not tokenizer.chat_template:
         says = f"The tokenizer of {model.name} has no chat template, which task.chat needs."
-        return None, (Finding(Code.NO_TEMPLATE, (), says, columns.prompt),)
+        return None, (Finding(Code.NO_TEMPLATE, (), says, columns.conversations),)
     tokens, refused = _tokens(sheet, tokenizer)
     findings = []
     if refused:
         says = "whose conversation the model's chat template does not take"
-        findings.append(_of(Code.BAD_TURNS, refused, says, columns.prompt or ""))
+        findings.append(_of(Code.BAD_TURNS, refused, says, columns.conversations or ""))
     counts = [sum(parts) for parts in tokens]
     rows = [n for n, parts in zip(sheet.numbers, tokens, strict=True) if _cut(sheet, parts, model.max_length)]
     lengths = replace(lengths_of("tokens", counts, model.max_length), beyond=len(rows))
     if rows:
-        more = ", or with more than half as many before the answer" if causal and columns.prompt else ""
+        before = causal and (columns.prompt or columns.turns)
+        more = ", or with more than half as many before the answer" if before else ""
         share = f"({len(rows) / len(counts):.1%})"
         says = f"of more than {model.max_length} tokens{more} {share}: their rest is not read"
         findings.append(_of(Code.CUT_OFF, rows, says, _text_column(sheet)))
@@ -214,33 +215,48 @@ def _tokens(
     """Of each record: tokens of its text, or of its prompt and of its text, as training counts them; and
     the numbers of rows whose conversation the chat template refuses."""
     kind, columns = sheet.subject.kind, sheet.subject.columns
+    if columns.turns:
+        return _turn_tokens(sheet, tokenizer)
     pair = columns.prompt is not None and kind is not TaskKind.SEQ2SEQ
     special = tokenizer.num_special_tokens_to_add(pair=pair)
-    parts: list[list[int]] = []
-    for texts in zip(*sheet.records, strict=True):
-        counts: list[int] = []
-        for begin in range(0, len(texts), _BATCH):
-            batch = list(texts[begin : begin + _BATCH])
-            ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            counts += [len(one) for one in ids]
-        parts.append(counts)
-    refused = []
-    if columns.turns:
-        for i, prompt in enumerate(sheet.column(columns.prompt)):
-            try:
-                turns = conversation(prompt or "")
-                parts[0][i] = 0 if prompt is None else len(chat_ids(tokenizer, turns, TRAINING_DAY))
-            except Exception:  # a template may raise anything
-                refused.append(sheet.numbers[i])
+    parts = [_counts(texts, tokenizer) for texts in zip(*sheet.records, strict=True)]
     if kind is TaskKind.CAUSAL_LM:
         parts[-1] = [count + 1 for count in parts[-1]]  # the end token
-        start = 0 if columns.turns or tokenizer.bos_token_id is None else 1
+        start = 0 if tokenizer.bos_token_id is None else 1
         parts[0] = [count + start for count in parts[0]]
     elif kind is TaskKind.SEQ2SEQ:
         parts = [[count + special for count in part] for part in parts]
     else:
         parts[0] = [count + special for count in parts[0]]
-    return list(zip(*parts, strict=True)), tuple(refused)
+    return list(zip(*parts, strict=True)), ()
+
+
+def _turn_tokens(
+    sheet: Sheet, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """As `_tokens`, of conversations: up to the first answer, and from there."""
+    counts: list[tuple[int, ...]] = []
+    refused: list[int] = []
+    last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer)
+    for number, (prompt, text), written in zip(sheet.numbers, sheet.records, last, strict=True):
+        ids: list[int] = []
+        places = [0]
+        try:
+            if prompt:
+                ids, places = dialogue_ids(tokenizer, prompt, text, TRAINING_DAY)
+        except Exception:  # a template may raise anything
+            refused.append(number)
+        counts.append((places[0], len(ids) - places[0] + written + 1))
+    return counts, tuple(refused)
+
+
+def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    counts: list[int] = []
+    for begin in range(0, len(texts), _BATCH):
+        batch = list(texts[begin : begin + _BATCH])
+        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        counts += [len(one) for one in ids]
+    return counts
 
 
 def _cut(sheet: Sheet, parts: tuple[int, ...], longest: int) -> bool:

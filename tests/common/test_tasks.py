@@ -105,7 +105,7 @@ def test_a_causal_loss_is_the_mean_over_the_answer(world: Worlds) -> None:
     logits = torch.randn(*batch.inputs["input_ids"].shape, 52, generator=rng)
     losses, correct = task.record_losses(logits, batch), task.correct(logits, batch)
     for row, index in enumerate([0, 5, 9]):
-        ids, prompt = tokens(examples, index), int(examples.target[index])
+        ids, prompt = tokens(examples, index), int(examples.target[index][0])
         assert ids[0] == 4 and ids[-1] == 5  # begin, end
         assert prompt == 3  # begin and "is this"
         expected, hits = [], []
@@ -122,15 +122,15 @@ def test_the_prompt_bears_no_loss(world: Worlds) -> None:
     batch = collate(this.examples, [0], this.model.pad_id, torch.device("cpu"))
     logits = torch.zeros(*batch.inputs["input_ids"].shape, 52)
     before = this.model.task.record_losses(logits, batch)
-    logits[0, : int(batch.target[0]) - 1] = torch.randn(int(batch.target[0]) - 1, 52)
+    logits[0, : int(batch.target[0, 0]) - 1] = torch.randn(int(batch.target[0, 0]) - 1, 52)
     assert torch.equal(this.model.task.record_losses(logits, batch), before)
-    logits[0, int(batch.target[0]) - 1, 0] = 5
+    logits[0, int(batch.target[0, 0]) - 1, 0] = 5
     assert not torch.equal(this.model.task.record_losses(logits, batch), before)
 
 
 def test_without_a_prompt_all_but_the_first_token_count(world: Worlds) -> None:
     this = world("llama-causal")
-    assert (this.examples.target == 1).all()
+    assert (this.examples.targets(range(160)) == 1).all()
     encoded = this.model.task.encode(table(["w1 w2"]), this.model.tokenizer, 32)
     assert len(tokens(encoded, 0)) == 4  # begin, two words, end
 
@@ -142,7 +142,7 @@ def test_a_long_prompt_keeps_its_end_and_leaves_room_for_the_answer(world: World
     vocabulary = this.model.tokenizer.get_vocab()
     for length in (8, 9, 16):
         examples = encode(table(["w5 " * 40], prompt=[" ".join(words)]), this.model.tokenizer, length)
-        ids, prompt = tokens(examples, 0), int(examples.target[0])
+        ids, prompt = tokens(examples, 0), int(examples.target[0][0])
         assert len(ids) == length
         kept = words[-(length // 2 - 1) :]
         assert ids[1:prompt] == [vocabulary[w] for w in kept]
@@ -156,7 +156,7 @@ def test_half_of_the_length_is_the_answer_s(world: Worlds, length: int) -> None:
     this = world("gpt2-causal")
     prompt, text = " ".join(["w1"] * 30), " ".join(["w2"] * 30)
     examples = this.model.task.encode(table([text], prompt=[prompt]), this.model.tokenizer, length)
-    assert 2 * (len(tokens(examples, 0)) - int(examples.target[0])) >= length
+    assert 2 * (len(tokens(examples, 0)) - int(examples.target[0][0])) >= length
 
 
 def test_a_classified_pair_is_prompt_then_text(world: Worlds) -> None:
@@ -223,7 +223,7 @@ def test_a_record_without_an_answer_has_no_loss_and_no_gradient(world: Worlds) -
     task = world("gpt2-causal").model.task
     batch = Batch(
         {"input_ids": torch.tensor([[4, 6, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)},
-        torch.tensor([3]),
+        torch.tensor([[3]]),
     )
     logits = torch.zeros(1, 3, 52, requires_grad=True)
     loss = task.record_losses(logits, batch)
@@ -459,7 +459,7 @@ def test_perplexity_is_of_all_tokens(world: Worlds) -> None:
     with torch.no_grad():
         logits = this.model.logits(batch.inputs)
     sums = task.record_sums(logits, batch, this.model.tokenizer)
-    lengths = this.examples.lengths[:9] - this.examples.target[:9]
+    lengths = this.examples.lengths[:9] - this.examples.targets(range(9))[:, 0].numpy()
     assert sums[:, 2].tolist() == lengths.tolist()
     losses = task.record_losses(logits, batch).double().numpy()
     scores = task.scores(sums.sum(dim=0).numpy(), 9)

@@ -93,16 +93,16 @@ def test_turns_are_read_only_where_the_task_is_a_chat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sections",
+    "kind, data, says",
     [
-        {"task": {"kind": "causal-lm", "chat": True}},
-        {"task": {"kind": "sequence-to-sequence", "chat": True}, "data": {"prompt": "p"}},
+        ("sequence-to-sequence", {"prompt": "p"}, r"task\.chat: is for causal-lm"),
+        ("causal-lm", {"template": "{a} {b}"}, r"data\.template: .* a dialogue may not"),
     ],
 )
-def test_a_chat_needs_a_causal_model_and_a_prompt(sections: dict[str, dict[str, object]]) -> None:
-    data = {"model": {"name": "m"}, **sections, "data": {"train": "x.csv", **sections.get("data", {})}}
-    with pytest.raises(ConfigError, match=r"task\.chat: is for causal-lm with data\.prompt"):
-        parse_config(data, source="a test")
+def test_what_a_chat_cannot_be(kind: str, data: dict[str, str], says: str) -> None:
+    sections = {"model": {"name": "m"}, "task": {"kind": kind, "chat": True}}
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**sections, "data": {"train": "x.csv", **data}}, source="a test")
 
 
 def test_training_and_use_write_the_same_tokens(world: Callable[..., World], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_training_and_use_write_the_same_tokens(world: Callable[..., World], tmp
     examples = this.model.task.encode(table, tokenizer, 200)
     asked = chat_ids(tokenizer, TURNS)
     assert examples.tokens.tolist() == [*asked, *tokenizer("w3")["input_ids"], tokenizer.eos_token_id]
-    assert examples.targets([0]).tolist() == [len(asked)]
+    assert examples.targets([0]).tolist() == [[len(asked)]]
     claim = PrivacyClaim(2.9, 2.5, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
     export_adapter(this.model, moved(this.model), this.config, claim, tmp_path / "adapter")
     predictor = open_adapter(tmp_path / "adapter", "cpu")
@@ -138,7 +138,7 @@ def test_a_template_that_refuses_names_the_row_and_shows_nothing(
     monkeypatch.setattr(this.model.tokenizer, "chat_template", refusing)
     turns = [{"role": "system", "content": "SECRET"}, USER]
     table = Table("t.jsonl", ("a", "b"), None, ("w1", prompt_of(turns, CELL)), None, (1, 7))
-    with pytest.raises(DataError, match=r"t\.jsonl, row 7, prompt column") as caught:
+    with pytest.raises(DataError, match=r"t\.jsonl, row 7: the model's chat template") as caught:
         this.model.task.encode(table, this.model.tokenizer, 64)
     assert "SECRET" not in str(caught.value)
 
@@ -188,7 +188,7 @@ def test_training_writes_one_day(world: Callable[..., World], monkeypatch: pytes
     dated = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}"
     monkeypatch.setattr(this.model.tokenizer, "chat_template", dated)
     examples = this.model.task.encode(Table("t", ("",), None, ("w1",), None, (1,)), this.model.tokenizer, 64)
-    end = int(examples.targets([0])[0])
+    end = int(examples.target[0][0])
     assert this.model.tokenizer.decode(examples.tokens[:end].tolist()) == "2026-01-01 w1"
     used = this.model.tokenizer.decode(chat_ids(this.model.tokenizer, conversation("w1")))
     assert used.endswith(" w1")

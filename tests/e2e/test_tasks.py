@@ -166,6 +166,25 @@ def test_conversations_with_each_site_s_own_people(tmp_path: Path, bpe_folder: P
     assert invoke("ask", run, "w1 good", "--chat") == invoke("ask", run, "w1 good")
 
 
+def test_whole_dialogues(tmp_path: Path, bpe_folder: Path, dialogue_file: Path) -> None:
+    """One record each; then a conversation of several turns is answered as it was trained."""
+    sections = {
+        "task": {"kind": "causal-lm", "chat": True},
+        "model": {"max_length": 64},
+        "data": {"text": "turns", "group": "group"},
+        "sites": {"partition": "groups"},
+        "adapter": {"rank": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+    }
+    summary = simulate(tmp_path, bpe_folder, dialogue_file, sections)
+    final, initial = summary["scores_final"], summary["scores_initial"]
+    assert final["token accuracy"] > initial["token accuracy"]
+    assert final["answers written"] == 8
+    run, turns = tmp_path / "runs" / "run", [json.loads(line)["turns"] for line in dialogue_file.open()][2]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"turns": turns[:n]}) + "\n" for n in (1, 3, 5)))
+    asked = invoke("predict", run, "--file", tmp_path / "asked.jsonl", "--text-column", "turns", "--json")
+    assert len(asked.splitlines()) == 3
+
+
 def test_rows_of_a_table_as_text(tmp_path: Path, bert_folder: Path, data_file: Path) -> None:
     """A template over columns; a label that a class weight makes heavier."""
     rows = tmp_path / "rows.csv"

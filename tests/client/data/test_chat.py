@@ -20,6 +20,7 @@ from client.data.reading import read_raw
 from client.data.subject import Subject, subject_of
 from common.config import load_config
 from common.datasets import read_table
+from common.errors import DataError
 from common.models import load_tokenizer
 from common.tables import Columns
 from common.tasks import make_task
@@ -185,7 +186,7 @@ def test_lengths_are_those_of_training(
     table = read_table(looked.train, looked.columns)
     examples = make_task(whole.task.kind, ("l0", "l1"), whole.task).encode(table, tokenizer, 512)
     lengths = [int(b - a) for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
-    before = examples.targets(range(len(table))).tolist()
+    before = [int(examples.targets([i]).flatten()[0]) for i in range(len(table))]
     long = {
         row
         for row, (n, p) in enumerate(zip(lengths, before, strict=True), start=1)
@@ -195,3 +196,76 @@ def test_lengths_are_those_of_training(
     assert 0 < len(long) < len(rows)
     assert checked.lengths[1].beyond == len(long)
     assert (checked.lengths[1].least, checked.lengths[1].most) == (min(lengths), max(lengths))
+
+
+# Whole dialogues: turns up to the last answer, in one column.
+
+DIALOGUES: list[Any] = [
+    conversation("Where is my  parcel?", "On its way."),
+    conversation("Write to jane@example.org", "What about?", "A <b>refund</b>", "That is done.", "Thanks!"),
+    conversation("Where is my  parcel?", "On its way."),
+    conversation("Hello there."),
+    "Hello there.",
+    "",
+    17,
+    None,
+    conversation("What is your BSN?", "It is for you to say.", "111222333", "Thank you. " + "Good bye. " * 9),
+]
+
+
+def whole(folder: Path, model: str = "", dialogues: Sequence[Any] = DIALOGUES) -> Subject:
+    lines = (json.dumps({"messages": turns}) + "\n" for turns in dialogues)
+    write(folder, "whole.jsonl", "".join(lines).encode())
+    config = folder / "whole.toml"
+    config.write_text(
+        f'[task]\nkind = "causal-lm"\nchat = true\n[model]\nname = "{model}"\nmax_length = 64\n'
+        '[data]\ntrain = "whole.jsonl"\ntext = "messages"\n'
+    )
+    return subject_of(config)
+
+
+def test_whole_dialogues_are_looked_at(tmp_path: Path, bpe_folder: Path) -> None:
+    looked = whole(tmp_path, str(bpe_folder))
+    checked = check(looked)
+    assert rows_of(checked, Code.BAD_TURNS) == {4, 5, 7}
+    assert rows_of(checked, Code.MISSING_VALUE) == {8}
+    assert rows_of(checked, Code.EMPTY_TEXT) == {6}
+    assert rows_of(checked, Code.DUPLICATE) == {3}
+    assert rows_of(checked, Code.EMAIL) == rows_of(checked, Code.HTML) == {2}
+    assert rows_of(checked, Code.SPARE_SPACE) == {1, 3}
+    assert rows_of(checked, Code.NATIONAL_ID) == {9}
+    for row in (4, 5, 6, 7, 8):
+        one = whole(tmp_path, dialogues=[DIALOGUES[row - 1]])
+        with pytest.raises(DataError, match="row 1, column 'messages'"):
+            read_table(one.train, one.columns)
+
+
+def test_whole_dialogues_are_counted_as_training_reads_them(tmp_path: Path, bpe_folder: Path) -> None:
+    sound = [DIALOGUES[i] for i in (0, 1, 8)]
+    looked = whole(tmp_path, str(bpe_folder), sound)
+    checked = check(looked)
+    config = load_config(tmp_path / "whole.toml", ["model.max_length=1000"])
+    tokenizer = load_tokenizer(config.model)
+    examples = make_task(config.task.kind, (), config.task).encode(
+        read_table(looked.train, looked.columns), tokenizer, 1000
+    )
+    lengths = examples.lengths.tolist()
+    tokens = checked.lengths[1]
+    assert (tokens.least, tokens.most) == (min(lengths), max(lengths))
+    long = {i for i in (1, 2, 3) if lengths[i - 1] > 64 or int(examples.target[i - 1][0]) > 32}
+    assert rows_of(checked, Code.CUT_OFF) == long
+    assert 0 < len(long) < 3
+
+
+def test_whole_dialogues_are_tidied_turn_by_turn(tmp_path: Path) -> None:
+    sound = [DIALOGUES[i] for i in (0, 1, 2, 8)]
+    looked = whole(tmp_path, dialogues=sound)
+    steps = write(tmp_path, "recipe.toml", proposed(check(replace(looked, model=None))).encode())
+    clean(looked, steps, tmp_path / "out.jsonl")
+    turns: list[Any] = [row.cells["messages"] for row in read_raw(tmp_path / "out.jsonl").rows]
+    assert turns[0] == conversation("Where is my parcel?", "On its way.")
+    assert turns[1] == conversation("Write to [EMAIL]", "What about?", "A refund", "That is done.", "Thanks!")
+    assert turns[2][2] == {"role": "user", "content": "[ID]"}
+    assert len(turns) == 3
+    left = check(replace(looked, train=tmp_path / "out.jsonl", model=None))
+    assert not left.findings
