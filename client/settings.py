@@ -28,7 +28,7 @@ class SiteData(_Section):
     train: Path  # csv, tsv, jsonl, parquet or a `datasets` folder
     text: Name | None = None
     label: str | None = None  # "": none
-    prompt: Name | None = None
+    prompt: str | None = None  # "": none
     start: Name | None = None
     template: Name | None = None
     max_characters: Count | None = None
@@ -47,13 +47,19 @@ class SiteSettings(_Section):
     machine: Machine = Machine()
 
     def applied_to(self, config: RunConfig) -> RunConfig:
-        """The job's configuration with this site's records and machine. The plan does not depend on them."""
+        """The job's configuration with this site's records and machine. The plan does not depend on them.
+
+        Raises:
+            ConfigError: these columns do not fit the job's task.
+        """
         own = self.data.model_dump(exclude={"source"}, exclude_none=True)
-        if own.get("label") == "":
-            own["label"] = None
+        own |= {name: None for name in ("label", "prompt") if own.get(name) == ""}
         data: DataSection = config.data.model_copy(update=own)
         run = config.run.model_copy(update=self.machine.model_dump(exclude={"poll_seconds"}))
-        return config.model_copy(update={"data": data, "run": run})
+        applied = config.model_copy(update={"data": data, "run": run})
+        if fault := applied.misfit():
+            raise ConfigError(f"{fault} (the job's task, with the columns of this site's settings)")
+        return applied
 
 
 TEMPLATE = """\
@@ -64,6 +70,7 @@ source = "records"            # your name for them: confide client scope FOLDER 
 train = "records.jsonl"       # csv, tsv, jsonl, parquet or a `datasets` folder; relative to this file
 # text = "text"               # columns, where they have other names than the job proposes
 # label = "label"
+# prompt = "prompt"           # "": this site has none
 
 [machine]
 device = "auto"               # auto, cpu, cuda, cuda:1

@@ -283,17 +283,9 @@ class RunConfig(_Section):
     def _fits_together(self) -> RunConfig:
         if self.data.sample is not None and self.data.train is not None:
             raise ValueError("data: set exactly one of data.sample and data.train")
-        if fault := misfit(
-            self.task.kind,
-            labels=self.task.labels,
-            class_weights=self.task.class_weights,
-            range_=self.task.range,
-            chat=self.task.chat,
-            label=self.data.label,
-            prompt=self.data.prompt,
-            template=self.data.template,
-            mean_head=self.model.head is Head.MEAN,
-        ):
+        if self.task.chat and self.data.sample is not None:
+            raise ValueError("task.chat: data.sample is no conversations: set data.train")
+        if fault := self.misfit():
             raise ValueError(fault)
         if self.sites.partition is Partition.GROUPS and self.data.group is None:
             raise ValueError("sites.partition: 'groups' needs data.group, the column that names the group")
@@ -310,6 +302,20 @@ class RunConfig(_Section):
         if self.metrics.by_label and self.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
             raise ValueError("metrics.by_label: only sequence-classification has labels")
         return self
+
+    def misfit(self) -> str | None:
+        """What of it does not fit its kind of task; `None` where all does."""
+        return misfit(
+            self.task.kind,
+            labels=self.task.labels,
+            class_weights=self.task.class_weights,
+            range_=self.task.range,
+            chat=self.task.chat,
+            label=self.data.label,
+            prompt=self.data.prompt,
+            template=self.data.template,
+            mean_head=self.model.head is Head.MEAN,
+        )
 
     def to_toml(self) -> str:
         """The complete configuration; keys that are not set are left out, since TOML has no null."""

@@ -46,7 +46,7 @@ class CausalLM:
         end = [int(tokenizer.eos_token_id)]
         last = [answers(text)[-1]["content"] for text in table.text] if self.chat else list(table.text)
         texts = tokenizer(last, add_special_tokens=False)["input_ids"]
-        read = self._read(table, tokenizer)
+        read = self._read(table, tokenizer, max_length)
         # A template writes its own beginning.
         bare = self.chat or tokenizer.bos_token_id is None
         start = [] if bare else [int(tokenizer.bos_token_id)]
@@ -60,7 +60,7 @@ class CausalLM:
         return pack(ids, Ragged.of(own, np.int64))
 
     def _read(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase
+        self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> list[tuple[list[int], Sequence[int]]]:
         """Of each record the tokens up to its last answer, and the places in them, as of `target`."""
         if self.chat and not tokenizer.chat_template:
@@ -68,6 +68,8 @@ class CausalLM:
                 "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
                 "conversations, or set task.chat to false"
             )
+        if table.prompt is None and self.chat:
+            raise DataError(f"{table.source}: expected conversations (task.chat), found texts")
         if table.prompt is None:
             return [([], (0,)) for _ in table.text]
         if not self.chat:
@@ -76,13 +78,14 @@ class CausalLM:
         found: list[tuple[list[int], Sequence[int]]] = []
         for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
             try:
-                found.append(dialogue_ids(tokenizer, prompt, text, TRAINING_DAY))
+                found.append(dialogue_ids(tokenizer, prompt, text, TRAINING_DAY, max_length))
+            except ModelError as error:
+                raise DataError(f"{table.source}, row {row}: {error}") from None
             except Exception as error:  # a template may raise anything, with the conversation in its message
                 raise DataError(
                     f"{table.source}, row {row}: the model's chat template does not take this conversation "
                     f"({type(error).__name__}). Not every model takes a system turn: put it into the user's "
-                    "first. Not every template can be trained on dialogues of several answers: make them "
-                    "records of one answer each, with data.prompt."
+                    "first."
                 ) from None
         return found
 

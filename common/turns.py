@@ -20,6 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from common.cells import Cell, type_name, value_of
+from common.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ TRAINING_DAY = datetime(2026, 1, 1)  # for templates that write the date: one fo
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _TURN, _SAID = "\x02", "\x03"
 _USER, _ASSISTANT, _SYSTEM = "user", "assistant", "system"
+_CURE = "Make records of one answer each, with data.prompt, or choose another model"
 _WANTED = "a system turn or none, then turns of user and assistant, the user first"
 
 
@@ -49,12 +51,15 @@ def prompt_of(value: object, cell: Cell) -> str:
 
 
 def dialogue_of(value: object, cell: Cell) -> str:
-    """A whole dialogue from a cell, up to its last answer: a list of turns, or the JSON of one.
+    """A whole dialogue from a cell, up to its last answer: a list of turns, or the JSON of one. A cell of
+    blanks is an empty one.
 
     Raises:
         DataError: it is none, or nobody answers in it. No content is shown.
     """
     turns = turns_in(value)
+    if isinstance(value, str) and not user_turn(value).strip():
+        return ""
     if turns is None:
         found = "text" if isinstance(value, str) else type_name(value)
         raise cell.fault("a dialogue, a list of turns with role and content", found)
@@ -68,6 +73,8 @@ def dialogue_of(value: object, cell: Cell) -> str:
 
 def halves(dialogue: str) -> tuple[str, str]:
     """What stands before the first answer of what `dialogue_of` made, as `prompt_of` has it; and the rest."""
+    if not dialogue:
+        return "", ""
     turns = [(turn["role"], turn["content"]) for turn in conversation(dialogue)]
     first = [role for role, _ in turns].index(_ASSISTANT)
     before = _marked(turns[:first]) if first > 1 else turns[0][1]
@@ -81,7 +88,7 @@ def _checked(turns: Sequence[object], cell: Cell) -> list[tuple[str, str]]:
         given = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
         if set(given) != {"role", "content"}:
             raise cell.fault("turns with role and content, and nothing else", f"another turn {number}")
-        content = unicodedata.normalize("NFC", user_turn(value_of(given["content"], cell))).strip()
+        content = content_of(given["content"], cell)
         if not content:
             raise cell.fault("turns in which something is said", f"an empty turn {number}")
         kept.append((given["role"], content))
@@ -106,6 +113,11 @@ def user_turn(text: str) -> str:
     return text.replace(_TURN, "").replace(_SAID, "")
 
 
+def content_of(content: object, cell: Cell) -> str:
+    """What is said in a turn, as it is trained on."""
+    return unicodedata.normalize("NFC", user_turn(value_of(content, cell))).strip()
+
+
 def turns_in(value: object) -> list[Any] | None:
     """The list that a cell holds, or the JSON of a list of turns; `None` where it is text."""
     if isinstance(value, list):
@@ -113,7 +125,7 @@ def turns_in(value: object) -> list[Any] | None:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
-        found = json.loads(value)
+        found = json.loads(user_turn(value))
     except (ValueError, RecursionError):
         return None
     meant = isinstance(found, list) and found and all(isinstance(t, dict) and "role" in t for t in found)
@@ -137,10 +149,8 @@ def chat_ids(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Turn],
     today: datetime | None = None,
-    *,
-    asks: bool = True,
 ) -> list[int]:
-    """The tokens of a conversation by the chat template, up to where the answer begins if it `asks` for one.
+    """The tokens of a conversation by the chat template, up to where the answer begins.
 
     `today`: the day that a template may write; `None`: this one.
     """
@@ -148,7 +158,7 @@ def chat_ids(
     made = tokenizer.apply_chat_template(
         list(turns),
         chat_template=template if today is None else _on_day(template, today),
-        add_generation_prompt=asks,
+        add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
     )
@@ -156,43 +166,46 @@ def chat_ids(
 
 
 def dialogue_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, today: datetime
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, today: datetime, most: int
 ) -> tuple[list[int], list[int]]:
     """The tokens of a dialogue up to where its last answer begins; and places in them, of each answer in
-    `text` but the last its beginning and its end, of the last where it will begin.
+    `text` but the last its beginning and its end, of the last where it will begin. Beyond the first `most`
+    tokens after the prompt, places are left out.
 
     Raises:
-        ValueError: the template writes an answer, or what stands before it, otherwise once more is said.
+        ModelError: the template cannot be used for whole dialogues.
     """
     before = conversation(prompt)
     turns = [*before, *answers(text)]
     ids = chat_ids(tokenizer, before, today)
     places = [len(ids)]
     for asked in range(len(before) + 2, len(turns), 2):  # the answer before stands at asked - 2
-        read = chat_ids(tokenizer, turns[:asked], today)
-        places += [_answer_end(tokenizer, turns[: asked - 1], ids, read, today), len(read)]
+        long = len(ids) >= places[0] + most
+        read = chat_ids(tokenizer, turns[:-1] if long else turns[:asked], today)
+        if read[: len(ids)] != ids:
+            raise ModelError(f"the model's chat template writes the past anew with each turn. {_CURE}")
+        if long:
+            return read, places
+        places += [_answer_end(tokenizer, turns[:asked], len(ids), read, today), len(read)]
         ids = read
     return ids, places
 
 
 def _answer_end(
-    tokenizer: PreTrainedTokenizerBase,
-    answered: Sequence[Turn],
-    asked: Sequence[int],
-    longer: Sequence[int],
-    today: datetime,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], begin: int, read: list[int], today: datetime
 ) -> int:
-    """Where in `longer` the answer ends that begins after `asked`: with its end token, or with the turn."""
-    if longer[: len(asked)] != asked:
-        raise ValueError("the template writes what was said otherwise once more is said")
-    turn = chat_ids(tokenizer, answered, today, asks=False)
-    known = len(turn) > len(asked) and longer[: len(turn)] == turn
-    answer = longer[len(asked) : len(turn) if known else None]
-    if tokenizer.eos_token_id in answer:
-        return len(asked) + answer.index(tokenizer.eos_token_id) + 1
-    if not known:
-        raise ValueError("the template writes an answer otherwise once more is said")
-    return len(turn)
+    """Where in `read`, which are `turns`, the last answer ends that begins at `begin`, with its end token.
+
+    What the user says next bears no loss, nor does an end token in it: it begins at the latest where the
+    tokens become other ones if the user says something else.
+    """
+    other = "1" if turns[-1]["content"].startswith("0") else "0"
+    probe = chat_ids(tokenizer, [*turns[:-1], {"role": _USER, "content": other}], today)
+    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), len(probe))
+    ends = [i for i in range(begin, min(same, len(read))) if read[i] == tokenizer.eos_token_id]
+    if not ends:
+        raise ModelError(f"the model's chat template ends no answer with the tokenizer's end token. {_CURE}")
+    return ends[-1] + 1
 
 
 @cache

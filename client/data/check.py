@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from client.data.findings import Finding, in_order
+from client.data.findings import Code, Finding, in_order
 from client.data.label_checks import class_counts, label_findings, labels_in_test
 from client.data.people import People, people_findings, people_of
 from client.data.personal import Personal, mask
@@ -74,6 +74,8 @@ def check(subject: Subject) -> Checked:
     if subject.test is not None:
         test = read_raw(subject.test)
         other, beside = _of_one(test, replace(subject, person=None))
+        if subject.columns.turns:
+            beside += tuple(f for f in token_findings(other)[1] if f.code is Code.BAD_TURNS)
         findings += tuple(replace(finding, in_test=True) for finding in beside)
         findings += tuple(across_splits(sheet, other))
         findings += tuple(labels_in_test(sheet, other))

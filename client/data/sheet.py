@@ -73,7 +73,7 @@ class Sheet:
         """Text, or prompt and text, of each record: what makes two records the same."""
         columns = self.subject.columns
         if columns.turns and columns.prompt is None:
-            return tuple(halves(text) if text else ("", "") for text in self.text)
+            return tuple(map(halves, self.text))
         if columns.prompt is None:
             return tuple((text.strip(),) for text in self.text)
         prompt = self.column(columns.prompt)
@@ -142,7 +142,7 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
-        elif chat and (turns_in(value) is not None or (whole and str(value).strip())):
+        elif chat and (whole or turns_in(value) is not None):
             found.append(
                 _conversation(raw, row.number, name, value, wrong, dialogue_of if whole else prompt_of)
             )

@@ -24,11 +24,11 @@ from client.data.recipe import Step, StepKind
 from client.data.sheet import Sheet, sheet_of
 from client.data.subject import Subject
 from client.data.text_checks import duplicates
-from common.cells import short
+from common.cells import Cell, short
 from common.errors import ConfigError, DataError
 from common.kinds import TaskKind
 from common.targets import SEPARATOR
-from common.turns import turns_in
+from common.turns import content_of, turns_in
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,7 +93,7 @@ def _unwanted(step: Step, sheet: Sheet) -> set[int]:
     records = sheet.records
     match step.kind:
         case StepKind.DROP_EMPTY:
-            return {i for i, record in enumerate(records) if not record[-1]}
+            return {i for i, record in enumerate(records) if not record[-1] and not _no_dialogue(sheet, i)}
         case StepKind.DROP_LONG:
             return {i for i, record in enumerate(records) if sum(map(len, record)) > step.characters}
         case StepKind.DROP_DUPLICATES:
@@ -106,6 +106,14 @@ def _unwanted(step: Step, sheet: Sheet) -> set[int]:
             return {i for i, record in enumerate(records) if len(labels.get(record, ())) > 1}
         case _:
             return set(near_duplicates(records, similarity=step.similarity))
+
+
+def _no_dialogue(sheet: Sheet, place: int) -> bool:
+    """Somebody said something there, but it is no conversation: left to people."""
+    column = sheet.subject.columns.conversations
+    if column is None or sheet.column(column)[place] is not None:
+        return False
+    return sheet.raw.rows[place].cells.get(column) is not None
 
 
 # Steps that change cells
@@ -143,18 +151,21 @@ def _rewrite(raw: RawFile, subject: Subject, cure: _Cure, step: Step) -> Outcome
 
     changes: dict[str, Callable[[object], object]] = dict.fromkeys(columns, cured)
     if subject.columns.conversations is not None:
-        changes[subject.columns.conversations] = lambda value: _cured_turns(value, cure)
+        cell = Cell(raw.path, 0, subject.columns.conversations)
+        changes[subject.columns.conversations] = lambda value: _cured_turns(value, cure, cell)
     return _changed(raw, changes)
 
 
-def _cured_turns(value: object, cure: _Cure) -> object:
-    """A conversation whose turns are cured together, in the form that it had; text as a lone turn."""
+def _cured_turns(value: object, cure: _Cure, cell: Cell) -> object:
+    """A conversation whose turns are cured together, as training reads them, in the form that it had; text as
+    a lone turn."""
     turns = turns_in(value)
     if turns is None:
         return cure([value])[0] if isinstance(value, str) else value
-    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns):
+    try:
+        said = [content_of(turn["content"], cell) for turn in turns]
+    except (DataError, LookupError, TypeError):
         return value  # no conversation: left to people
-    said = [turn["content"] for turn in turns]
     cured = cure(said)
     if cured == said:
         return value

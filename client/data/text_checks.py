@@ -192,10 +192,10 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
     if columns.turns and not tokenizer.chat_template:
         says = f"The tokenizer of {model.name} has no chat template, which task.chat needs."
         return None, (Finding(Code.NO_TEMPLATE, (), says, columns.conversations),)
-    tokens, refused = _tokens(sheet, tokenizer)
+    tokens, refused = _tokens(sheet, tokenizer, model.max_length)
     findings = []
     if refused:
-        says = "whose conversation the model's chat template does not take"
+        says = "whose conversation the model's chat template does not take, or not whole"
         findings.append(_of(Code.BAD_TURNS, refused, says, columns.conversations or ""))
     counts = [sum(parts) for parts in tokens]
     rows = [n for n, parts in zip(sheet.numbers, tokens, strict=True) if _cut(sheet, parts, model.max_length)]
@@ -210,13 +210,13 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
 
 
 def _tokens(
-    sheet: Sheet, tokenizer: PreTrainedTokenizerBase
+    sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
     """Of each record: tokens of its text, or of its prompt and of its text, as training counts them; and
     the numbers of rows whose conversation the chat template refuses."""
     kind, columns = sheet.subject.kind, sheet.subject.columns
     if columns.turns:
-        return _turn_tokens(sheet, tokenizer)
+        return _turn_tokens(sheet, tokenizer, longest)
     pair = columns.prompt is not None and kind is not TaskKind.SEQ2SEQ
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     parts = [_counts(texts, tokenizer) for texts in zip(*sheet.records, strict=True)]
@@ -232,7 +232,7 @@ def _tokens(
 
 
 def _turn_tokens(
-    sheet: Sheet, tokenizer: PreTrainedTokenizerBase
+    sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
     """As `_tokens`, of conversations: up to the first answer, and from there."""
     counts: list[tuple[int, ...]] = []
@@ -243,7 +243,7 @@ def _turn_tokens(
         places = [0]
         try:
             if prompt:
-                ids, places = dialogue_ids(tokenizer, prompt, text, TRAINING_DAY)
+                ids, places = dialogue_ids(tokenizer, prompt, text, TRAINING_DAY, longest)
         except Exception:  # a template may raise anything
             refused.append(number)
         counts.append((places[0], len(ids) - places[0] + written + 1))

@@ -80,7 +80,7 @@ decoded = 0
 QUESTIONS = ['data.prompt="question"', 'data.text="answer"']
 DIALOGUES = [
     "task.chat=true",
-    "model.max_length=96",
+    "model.max_length=128",
     'data.text="messages"',
     'data.group="person"',
     f"sites.count={PEOPLE}",

@@ -70,7 +70,7 @@ NAMES = Work(
         "training": {"local_steps": 4, "learning_rate": 0.01},
     },
     {
-        "run": {"rounds": 8},
+        "run": {"rounds": 16},
         "adapter": {"rank": 16, "layers": [-3, -2, -1], "target_modules": ["query", "key", "value"]},
         "privacy": {"sample_rate": 0.03},
         "training": {"local_steps": 10, "learning_rate": 0.005},

@@ -24,7 +24,7 @@ from common.errors import DataError
 from common.examples import Examples, collate
 from common.tables import Columns, Table, clean
 from common.task_generate import CausalLM
-from common.turns import TRAINING_DAY, answers, chat_ids, conversation, dialogue_of, halves
+from common.turns import TRAINING_DAY, answers, chat_ids, conversation, dialogue_ids, dialogue_of, halves
 from tests.conftest import World, moved
 
 Worlds = Callable[..., World]
@@ -94,7 +94,7 @@ USER, ASSISTANT = ({"role": role, "content": "SECRET"} for role in ("user", "ass
 
 @pytest.mark.parametrize(
     "value",
-    ["SECRET", "", 7, [], [USER], [ASSISTANT], [ASSISTANT, USER], [USER, USER, ASSISTANT],
+    ["SECRET", 7, [], [USER], [ASSISTANT], [ASSISTANT, USER], [USER, USER, ASSISTANT],
      [{"role": "system", "content": "SECRET"}, ASSISTANT], [USER, ASSISTANT, ASSISTANT],
      [USER, {"role": "assistant", "content": " "}], [USER, {"role": "tool", "content": "SECRET"}]],
     ids=repr,
@@ -169,7 +169,9 @@ def test_a_long_dialogue_keeps_the_end_of_its_first_question(world: Worlds, leng
     whole, cut = (encode(table_of(turns), tokenizer, most) for most in (1000, length))
     lost = int(whole.target[0][0]) - length // 2
     assert cut.tokens.tolist() == whole.tokens[lost : lost + length].tolist()
-    assert cut.target[0].tolist() == [place - lost for place in whole.target[0].tolist()]
+    assert [place for place in cut.target[0].tolist() if place < length] == [
+        place - lost for place in whole.target[0].tolist() if place - lost < length
+    ]
     assert own_parts(cut, tokenizer)[0].startswith("w3")
 
 
@@ -213,6 +215,10 @@ REFUSED = {
     "numbers what is left": "{% for m in messages %}{{ messages | length }}{{ m.content }}</s>{% endfor %}"
     + ASKS,
     "forgets": "{{ messages[-1].content }}</s>" + ASKS,
+    "ends a turn otherwise than the tokenizer a text": TAGS.replace("%END%", "<end>\n") + ASKS,
+    "ends the last turn only": TAGS.replace("%END%", "<end>")
+    + "{% if not add_generation_prompt %}</s>{% endif %}"
+    + ASKS,
 }
 
 
@@ -227,8 +233,6 @@ def tokenizer(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     [
         (TAGS.replace("%END%", "</s>") + ASKS, ["w3</s>", "w5 w6</s>", "good</s>"]),
         (TAGS.replace("%END%", "</s>\n") + ASKS, ["w3</s>", "w5 w6</s>", "good</s>"]),
-        # An end of its own, not the tokenizer's: it belongs to the answer. The last has the tokenizer's.
-        (TAGS.replace("%END%", "<end>\n") + ASKS, ["w3<end>\n", "w5 w6<end>\n", "good</s>"]),
         # Thoughts are written in the newest answer only.
         (
             TAGS.replace("{{ m.content }}", NEWEST + "{{ m.content }}").replace("%END%", "</s>") + ASKS,
@@ -251,5 +255,49 @@ def test_a_template_that_writes_the_past_anew_is_refused(
     monkeypatch.setattr(tokenizer, "chat_template", REFUSED[name])
     encode = CausalLM(chat=True).encode
     assert len(encode(table_of(turns_of("w1", "w2")), tokenizer, 64)) == 1
-    with pytest.raises(DataError, match=r"d\.jsonl, row 2: .* records of one answer each"):
+    with pytest.raises(DataError, match=r"d\.jsonl, row 2: .* Make records of one answer each"):
         encode(table_of(turns_of("w1", "w2"), TURNS), tokenizer, 64)
+
+
+@pytest.mark.parametrize("end", ["</s>", "<end>", "</s><end>"])
+def test_what_the_user_says_bears_no_loss_whatever_it_is(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """An end token in it was once taken for the end of the answer before."""
+    monkeypatch.setattr(tokenizer, "chat_template", TAGS.replace("%END%", end) + ASKS)
+    table = table_of(turns_of("</s>", "w1 </s> w2", "w3 </s> w4", "w5", "</s> w6", "good"))
+    if "</s>" in end:
+        own = own_parts(CausalLM(chat=True).encode(table, tokenizer, 400), tokenizer)
+        assert own == ["w1 </s> w2</s>", "w5</s>", "good</s>"]
+    else:
+        table = table_of(turns_of("</s>", "w1", "w3 </s> w4", "w5", "</s> w6", "good"))
+        with pytest.raises(DataError, match="ends no answer"):
+            CausalLM(chat=True).encode(table, tokenizer, 400)
+
+
+@pytest.mark.parametrize("length", [8, 16, 30, 60, 100])
+def test_the_end_of_a_long_dialogue_is_not_read_turn_by_turn(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Each answer takes a reading of all before it: with sixty, minutes for a site's records."""
+    monkeypatch.setattr(tokenizer, "chat_template", TAGS.replace("%END%", "</s>\n") + ASKS)
+    turns = turns_of(*(f"w{i % 40} w{i % 7}" for i in range(120)))
+    long, short = (halves(dialogue_of(part, CELL)) for part in (turns, turns[:20]))
+    whole, places = dialogue_ids(tokenizer, *long, TRAINING_DAY, 10_000)
+    readings = []
+    monkeypatch.setattr("common.turns.chat_ids", lambda *given: readings.append(1) or chat_ids(*given))
+    ids, cut = dialogue_ids(tokenizer, *long, TRAINING_DAY, length)
+    assert ids == whole and cut == places[: len(cut)] and cut[-1] >= cut[0] + length
+    assert len(readings) < length
+    task = CausalLM(chat=True)
+    (one, two) = (Table("t", (text,), None, (prompt,), None, (1,)) for prompt, text in (long, short))
+    if places[0] + length < places[18]:  # the same as of its beginning alone
+        assert own_parts(task.encode(one, tokenizer, length), tokenizer) == own_parts(
+            task.encode(two, tokenizer, length), tokenizer
+        )
+
+
+def test_texts_are_no_conversations(world: Worlds) -> None:
+    this = world("bpe-dialogues-causal")
+    with pytest.raises(DataError, match="expected conversations"):
+        this.model.task.encode(Table("t", ("w1",), None, None, None, (1,)), this.model.tokenizer, 32)

@@ -23,6 +23,7 @@ from common.datasets import read_table
 from common.errors import DataError
 from common.models import load_tokenizer
 from common.tables import Columns
+from common.tables import clean as tidy
 from common.tasks import make_task
 from common.turns import chat_ids
 from tests.client.data.planted import write
@@ -234,7 +235,7 @@ def test_whole_dialogues_are_looked_at(tmp_path: Path, bpe_folder: Path) -> None
     assert rows_of(checked, Code.EMAIL) == rows_of(checked, Code.HTML) == {2}
     assert rows_of(checked, Code.SPARE_SPACE) == {1, 3}
     assert rows_of(checked, Code.NATIONAL_ID) == {9}
-    for row in (4, 5, 6, 7, 8):
+    for row in (4, 5, 7, 8):
         one = whole(tmp_path, dialogues=[DIALOGUES[row - 1]])
         with pytest.raises(DataError, match="row 1, column 'messages'"):
             read_table(one.train, one.columns)
@@ -269,3 +270,65 @@ def test_whole_dialogues_are_tidied_turn_by_turn(tmp_path: Path) -> None:
     assert len(turns) == 3
     left = check(replace(looked, train=tmp_path / "out.jsonl", model=None))
     assert not left.findings
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\x02 "])
+def test_a_dialogue_of_blanks_is_an_empty_record(tmp_path: Path, blank: str) -> None:
+    """In training, too: it is left out, as an empty text is everywhere."""
+    looked = whole(tmp_path, dialogues=[DIALOGUES[1], blank, DIALOGUES[3]])
+    checked = check(replace(looked, model=None))
+    assert rows_of(checked, Code.EMPTY_TEXT) == {2} and rows_of(checked, Code.BAD_TURNS) == {3}
+    steps = write(tmp_path, "recipe.toml", b'[[step]]\ndo = "drop-empty"\n')
+    done = clean(looked, steps, tmp_path / "out.jsonl")
+    assert done.steps[0].dropped == (2,)  # the third is no dialogue, but it is not empty either
+    table = read_table(whole(tmp_path, dialogues=[DIALOGUES[1], blank]).train, looked.columns)
+    assert tidy(table, max_characters=1000)[0].rows == (1,)
+
+
+@pytest.mark.parametrize(
+    "said, code, left",
+    [
+        (["Write to jane@example.org", "ok", 5, "five"], Code.EMAIL, "Write to [EMAIL]"),
+        (["What is your BSN?", "BSN?", 111222333, "Thanks"], Code.NATIONAL_ID, "[ID]"),
+        (["My address?", "Yes", "jane\x02@example.org", "Thanks"], Code.EMAIL, "[EMAIL]"),
+        (["My BSN?", "Your BSN?" + " " * 70, "111222333", "Thanks"], Code.NATIONAL_ID, "[ID]"),
+    ],
+)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_what_check_finds_is_masked_as_training_reads_it(
+    tmp_path: Path, said: list[Any], code: Code, left: str, prompt: bool
+) -> None:
+    turns: list[Any] = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
+    looked = (
+        subject(tmp_path, "jsonl", records=[(turns[:3], "Thanks")])
+        if prompt
+        else whole(tmp_path, dialogues=[turns])
+    )
+    checked = check(replace(looked, model=None))
+    assert rows_of(checked, code) == {1}
+    steps = write(tmp_path, "recipe.toml", proposed(checked).encode())
+    clean(looked, steps, tmp_path / "out.jsonl")
+    found: Any = read_raw(tmp_path / "out.jsonl").rows[0].cells["messages"]
+    assert left in [turn["content"] for turn in found]
+    assert not rows_of(check(replace(looked, train=tmp_path / "out.jsonl", model=None)), code)
+
+
+def test_a_public_dialogue_that_the_template_refuses_is_said(tmp_path: Path, bpe_folder: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(bpe_folder, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}is")
+    one, several = DIALOGUES[0], DIALOGUES[1]
+    test = write(
+        tmp_path, "public.jsonl", "".join(json.dumps({"messages": d}) + "\n" for d in (one, several)).encode()
+    )
+    checked = check(replace(whole(tmp_path, str(model), [one]), test=test))
+    assert [(f.code, f.rows) for f in checked.findings if f.in_test and f.code is Code.BAD_TURNS] == [
+        (Code.BAD_TURNS, (2,))
+    ]
+
+
+def test_raw_marks_in_json_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    cell = json.dumps(conversation("a MARK b", "c")).replace("MARK", "\x02")
+    looked = whole(tmp_path, dialogues=[cell])
+    assert not rows_of(check(replace(looked, model=None)), Code.BAD_TURNS)
+    assert read_table(looked.train, looked.columns).prompt == ("a  b",)
