@@ -16,9 +16,10 @@ from client.identity import SiteFolder, create_site, load_identity
 from client.join import join
 from client.ledger import Ledger
 from client.policy import STRICT, SitePolicy
+from client.settings import SiteSettings
 from client.site import Site
 from common.bundle import make_bundle, read_bundle
-from common.config import RunConfig
+from common.config import RunConfig, parse_config
 from common.errors import ConfigError, DataError, PolicyRefusedError, PrivacyError
 from common.identity import fingerprint, load_card
 from common.kit import make_kit
@@ -141,6 +142,30 @@ def test_records_without_a_budget_are_refused(place: Callable[..., Place]) -> No
     this = place(open_scope=False)
     with this.ledger() as ledger, pytest.raises(ConfigError, match="confide client scope"):
         review(this.folder, this.bundle, ledger)
+
+
+def test_columns_that_do_not_fit_the_task_are_refused_before_approval(place: Callable[..., Place]) -> None:
+    this = place()
+    text = this.folder.settings.read_text()
+    this.folder.settings.write_text(text.replace("[machine]", 'label = ""\n[machine]'))
+    with this.ledger() as ledger, pytest.raises(ConfigError, match=r"data\.label: .* this site's settings"):
+        review(this.folder, this.bundle, ledger)
+
+
+def test_a_site_s_columns_must_fit_the_job_s_dialogues() -> None:
+    """A template went before the column of the dialogues, which was not looked at."""
+    sections = {"model": {"name": "m"}, "task": {"kind": "causal-lm", "chat": True}}
+    job = parse_config({**sections, "data": {"train": "job.jsonl", "text": "turns"}}, source="a test")
+
+    def applied(**own: str) -> RunConfig:
+        data = {"source": "records", "train": "own.jsonl", **own}
+        return SiteSettings.model_validate({"data": data}).applied_to(job)
+
+    with pytest.raises(ConfigError, match=r"data\.template: .* this site's settings"):
+        applied(template="{a}")
+    assert applied(text="messages").data.text == "messages"
+    assert applied(prompt="asked", text="answer").data.prompt == "asked"
+    assert applied(prompt="").data.prompt is None
 
 
 def test_too_few_records_and_too_large_a_delta_are_refused(

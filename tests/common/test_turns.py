@@ -103,6 +103,9 @@ def test_what_a_chat_cannot_be(kind: str, data: dict[str, str], says: str) -> No
     sections = {"model": {"name": "m"}, "task": {"kind": kind, "chat": True}}
     with pytest.raises(ConfigError, match=says):
         parse_config({**sections, "data": {"train": "x.csv", **data}}, source="a test")
+    with pytest.raises(ConfigError, match=r"task\.chat: data\.sample"):
+        task = {"kind": "causal-lm", "chat": True}
+        parse_config({**sections, "task": task, "data": {"sample": "rotten-tomatoes"}}, source="a test")
 
 
 def test_training_and_use_write_the_same_tokens(world: Callable[..., World], tmp_path: Path) -> None:
