@@ -19,8 +19,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from pydantic.fields import FieldInfo
 
-from common.config import Count, Fraction, NonNegative, Positive, TaskKind, explain, keys_of
+from common.config import Count, Fraction, NonNegative, Positive, TaskKind
 from common.errors import ConfigError
+from common.explain import explain, keys_of
 
 if TYPE_CHECKING:
     from client.ledger import Ledger  # brings the accountants, which nobody needs to read a policy

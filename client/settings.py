@@ -11,8 +11,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.config import Count, DataSection, RunConfig, explain, keys_of
+from common.config import Count, DataSection, RunConfig
 from common.errors import ConfigError
+from common.explain import explain, keys_of
 
 Name = Annotated[str, Field(min_length=1)]
 

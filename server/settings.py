@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.config import explain, keys_of
 from common.errors import ConfigError
+from common.explain import explain, keys_of
 
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 
