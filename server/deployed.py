@@ -48,6 +48,7 @@ from server.receipts import Receipts
 from server.record import RoundEvent
 from server.report import write_report
 from server.rounds import Job, run
+from server.summary import summary_of
 
 _PATIENCE_SECONDS = 30.0
 app = ServerApp()
@@ -202,7 +203,7 @@ def finish(job: Job, place: JobFolder, end: Checkpoint, seconds: float) -> None:
     export_adapter(job.model, end.adapter, job.config, claim, place.adapter)
     if job.receipts is not None and job.receipts.newest:
         shutil.copyfile(job.receipts.path, place.receipts)
-    summary = summary_of(job, place, end, claim, seconds)
+    summary = _summary(job, place, end, claim, seconds)
     write_report(place, summary)
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     write_atomically(place.summary, text.encode())
@@ -234,53 +235,22 @@ def charged(folder: Any) -> dict[int, tuple[Any, ...]]:
     return found
 
 
-def summary_of(
+def _summary(
     job: Job, place: JobFolder, end: Checkpoint, claim: PrivacyClaim, seconds: float
 ) -> dict[str, Any]:
     """The result for scripts, with the names that a simulation's summary has."""
-    config, rounds, sites = job.config, place.rounds(), place.site_rounds()
-    delta = job.plan.delta
-    by_site = {str(one): epsilon_rdp(events, delta) for one, events in sorted(charged(place).items())}
+    sites, delta = place.site_rounds(), job.plan.delta
     sums = evaluate(job.model, end.adapter, job.public, np.arange(len(job.public)))
-    scores = dict(sums.scores)
-    chief = next(iter(scores))
     return {
-        "name": config.run.name,
+        **summary_of(job.config, job.plan, claim, place.rounds(), sites, sums.scores),
         "run_id": job.run_id,
-        "task": config.task.kind.value,
-        "model": config.model.name,
         "sites": len({entry.site for entry in sites}),
-        "rounds": len(job.plan.rounds),
-        "cohort": max((r.asked for r in rounds), default=0),
-        "seed": config.run.seed,
         "records_evaluated": len(job.public),
-        "accuracy_initial": rounds[0].accuracy,
-        "accuracy_final": rounds[-1].accuracy,
-        "loss_initial": rounds[0].loss,
-        "loss_final": rounds[-1].loss,
         "majority_class": None,
-        "epsilon_by_site": by_site,
-        "epsilon_rdp_max": claim.epsilon_rdp,
-        "epsilon_pld_max": claim.epsilon_pld,
-        "target_epsilon": job.plan.target_epsilon,
-        "delta": claim.delta,
-        "privacy_unit": config.privacy.unit.value,
-        "privacy_trust": config.privacy.trust.value,
-        "privacy_statement": claim.sentence(),
-        "private": claim.holds,
-        "secure_aggregation": claim.secure_aggregation,
-        "min_cohort": config.aggregation.min_cohort,
-        "ring_bits": config.aggregation.ring_bits.value,
-        "rounds_without_sum": sum(not r.counted for r in rounds),
-        "site_metrics": rounds[-1].metrics,
-        "noise_multiplier": config.privacy.noise_multiplier,
-        "sample_rate": config.privacy.sample_rate,
+        "epsilon_by_site": {
+            str(site): epsilon_rdp(events, delta) for site, events in sorted(charged(place).items())
+        },
         "trainable_parameters": job.model.layout.size,
-        "bytes_up_per_site_round": max((s.bytes_up for s in sites if s.status == "ok"), default=0),
-        "refusals": sum(s.status != "ok" for s in sites),
-        "metric": chief,
-        "scores_initial": {} if rounds[0].accuracy is None else {chief: rounds[0].accuracy},
-        "scores_final": scores,
         "engine": "deployed",
         "wall_seconds": round(seconds, 1),
         "adapter_dir": str(place.adapter),

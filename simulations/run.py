@@ -38,9 +38,10 @@ from common.secagg.messages import (
 )
 from common.tasks import make_task
 from server.checkpoint import Checkpoint
-from server.record import RoundEvent, RunFolder
+from server.record import RunFolder
 from server.report import write_report
 from server.rounds import Watcher, start
+from server.summary import summary_of
 from simulations.engines import run_inline, run_ray
 from simulations.faults import LossyGrid
 from simulations.fleet import Fleet, Split, open_fleet, split_data
@@ -177,10 +178,8 @@ def finish(fleet: Fleet, end: Checkpoint, engine: Engine, began: float) -> Outco
     claim = _claim(fleet)
     export_adapter(fleet.model, end.adapter, config, claim, folder.adapter)
     held_out = fleet.held_out(end.adapter)
-    rounds = folder.rounds()
     summary = {
-        **_summary(fleet, claim, rounds, held_out),
-        **_scores(fleet, rounds, fleet.scores(end.adapter)),
+        **_summary(fleet, claim, fleet.scores(end.adapter), held_out),
         "engine": engine.value,
         "wall_seconds": round(time.monotonic() - began, 1),
         "adapter_dir": str(folder.adapter),
@@ -205,26 +204,17 @@ def _claim(fleet: Fleet) -> PrivacyClaim:
 
 
 def _summary(
-    fleet: Fleet, claim: PrivacyClaim, rounds: list[RoundEvent], held_out: dict[str, MetricSums]
+    fleet: Fleet, claim: PrivacyClaim, scores: dict[str, float], held_out: dict[str, MetricSums]
 ) -> dict[str, Any]:
-    config, sites = fleet.config, fleet.folder.site_rounds()
-    answered = [s.bytes_up for s in sites if s.status == "ok"]
+    rounds = fleet.folder.rounds()
+    told = summary_of(fleet.config, fleet.plan, claim, rounds, fleet.folder.site_rounds(), scores)
     by_site = {site: sums.accuracy for site, sums in held_out.items()}
     worst = min(by_site, key=lambda site: by_site[site]) if by_site else None
     return {
-        "name": config.run.name,
+        **told,
         "run_id": fleet.run_id,  # as the sites' ledgers name it
-        "task": config.task.kind.value,
-        "model": config.model.name,
-        "sites": config.sites.count,
-        "rounds": len(fleet.plan.rounds),
-        "cohort": max((r.asked for r in rounds), default=0),
-        "seed": config.run.seed,
+        "sites": fleet.config.sites.count,
         "records_evaluated": len(fleet.public),
-        "accuracy_initial": rounds[0].accuracy,
-        "accuracy_final": rounds[-1].accuracy,
-        "loss_initial": rounds[0].loss,
-        "loss_final": rounds[-1].loss,
         "majority_class": majority_share(fleet),
         "accuracy_by_group": by_site,
         "accuracy_by_group_of": "records that each simulated site held out of training",
@@ -232,33 +222,9 @@ def _summary(
         "worst_site": worst,
         "accuracy_worst_site": None if worst is None else by_site[worst],
         "epsilon_by_site": epsilon_by_site(fleet),
-        "epsilon_rdp_max": claim.epsilon_rdp,
-        "epsilon_pld_max": claim.epsilon_pld,
-        "target_epsilon": fleet.plan.target_epsilon,
-        "delta": claim.delta,
-        "privacy_unit": config.privacy.unit.value,
-        "privacy_trust": config.privacy.trust.value,
-        "privacy_statement": claim.sentence(),
-        "private": claim.holds,
-        "secure_aggregation": claim.secure_aggregation,
-        "min_cohort": config.aggregation.min_cohort,
-        "ring_bits": None if config.study.plain_updates else config.aggregation.ring_bits.value,
-        "rounds_without_sum": sum(not r.counted for r in rounds),
-        "site_metrics": rounds[-1].metrics,
-        "noise_multiplier": config.privacy.noise_multiplier,
-        "sample_rate": config.privacy.sample_rate,
+        "scores_initial": told["scores_initial"] | fleet.decoded(fleet.initial),
         "trainable_parameters": fleet.model.layout.size,
-        "bytes_up_per_site_round": max(answered, default=0),
-        "refusals": sum(s.status != "ok" for s in sites),
     }
-
-
-def _scores(fleet: Fleet, rounds: list[RoundEvent], final: dict[str, float]) -> dict[str, Any]:
-    """The task's metrics by name; `accuracy_*` is the chief one of them, in every round."""
-    chief = next(iter(final))
-    before = {} if rounds[0].accuracy is None else {chief: rounds[0].accuracy}
-    initial = before | fleet.decoded(fleet.initial)
-    return {"metric": chief, "scores_initial": initial, "scores_final": final}
 
 
 def epsilon_by_site(fleet: Fleet) -> dict[str, float]:
