@@ -31,7 +31,7 @@ class SiteData(_Section):
     label: str | None = None  # "": none
     prompt: str | None = None  # "": none
     start: Name | None = None
-    template: Name | None = None
+    template: str | None = None  # "": none, as where the text is named here
     max_characters: Count | None = None
 
 
@@ -54,7 +54,9 @@ class SiteSettings(_Section):
             ConfigError: these columns do not fit the job's task.
         """
         own = self.data.model_dump(exclude={"source"}, exclude_none=True)
-        own |= {name: None for name in ("label", "prompt") if own.get(name) == ""}
+        if "text" in own:
+            own.setdefault("template", None)
+        own |= {name: None for name in ("label", "prompt", "template") if own.get(name) == ""}
         data: DataSection = config.data.model_copy(update=own)
         run = config.run.model_copy(update=self.machine.model_dump(exclude={"poll_seconds"}))
         applied = config.model_copy(update={"data": data, "run": run})

@@ -137,9 +137,9 @@ class DataSection(_Section):
     test_fraction: Fraction = 0.2  # held out as public evaluation set, by whole groups where group is set
     max_characters: Count = 20_000  # longer records are left out
 
-    @field_validator("label", mode="before")
+    @field_validator("label", "prompt", mode="before")
     @classmethod
-    def _no_label(cls, value: object) -> object:
+    def _no_column(cls, value: object) -> object:
         return None if value == "" else value
 
 

@@ -11,6 +11,7 @@ out of contents.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -20,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from common.cells import Cell, type_name, value_of
-from common.errors import ModelError
+from common.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,42 +44,50 @@ def prompt_of(value: object, cell: Cell) -> str:
     """
     turns = turns_in(value)
     if turns is None:
-        return user_turn(value_of(value, cell))
+        return content_of(value, cell)
     kept = _checked(turns, cell)
     if kept[-1][0] != _USER:
-        raise cell.fault(f"{_WANTED} and last", _described(kept))
+        raise cell.fault(f"{_WANTED} and last (whole dialogues have no data.prompt)", _described(kept))
     return _marked(kept) if len(kept) > 1 else kept[0][1]
 
 
 def dialogue_of(value: object, cell: Cell) -> str:
-    """A whole dialogue from a cell, up to its last answer: a list of turns, or the JSON of one. A cell of
-    blanks is an empty one.
+    """A whole dialogue from a cell: a list of turns, or the JSON of one. Without turns, or of blanks, it is
+    empty. What the user says after the last answer may have any form; what is none is left out.
 
     Raises:
         DataError: it is none, or nobody answers in it. No content is shown.
     """
     turns = turns_in(value)
-    if isinstance(value, str) and not user_turn(value).strip():
+    if turns == [] or (isinstance(value, str) and user_turn(value).strip() in ("", "[]")):
         return ""
     if turns is None:
         found = "text" if isinstance(value, str) else type_name(value)
-        raise cell.fault("a dialogue, a list of turns with role and content", found)
-    kept = _checked(turns, cell)
-    if kept[-1][0] == _USER:
-        kept.pop()
-    if _ASSISTANT not in (role for role, _ in kept):
+        raise cell.fault("a dialogue, a list of turns with role and content, or its JSON", found)
+    end = len(turns)
+    while end and isinstance(turns[end - 1], dict) and turns[end - 1].get("role") == _USER:
+        end -= 1
+    if not end:
         raise cell.fault("a dialogue with an answer in it", "none")
-    return _marked(kept)
+    kept = _checked(turns[:end], cell)
+    if kept[-1][0] != _ASSISTANT:
+        raise cell.fault("a dialogue with an answer in it", "none")
+    for turn in turns[end:]:
+        with contextlib.suppress(DataError):
+            kept.append((_USER, content_of(turn.get("content"), cell)))
+    return _marked([(role, content) for role, content in kept if content])
 
 
 def halves(dialogue: str) -> tuple[str, str]:
-    """What stands before the first answer of what `dialogue_of` made, as `prompt_of` has it; and the rest."""
+    """What stands before the first answer of what `dialogue_of` made, as `prompt_of` has it; and the rest, to
+    the last answer."""
     if not dialogue:
         return "", ""
     turns = [(turn["role"], turn["content"]) for turn in conversation(dialogue)]
-    first = [role for role, _ in turns].index(_ASSISTANT)
+    spoken = [place for place, (role, _) in enumerate(turns) if role == _ASSISTANT]
+    first, last = spoken[0], spoken[-1]
     before = _marked(turns[:first]) if first > 1 else turns[0][1]
-    return before, turns[first][1] + _marked(turns[first + 1 :])
+    return before, turns[first][1] + _marked(turns[first + 1 : last + 1])
 
 
 def _checked(turns: Sequence[object], cell: Cell) -> list[tuple[str, str]]:
@@ -115,7 +124,11 @@ def user_turn(text: str) -> str:
 
 def content_of(content: object, cell: Cell) -> str:
     """What is said in a turn, as it is trained on."""
-    return unicodedata.normalize("NFC", user_turn(value_of(content, cell))).strip()
+    return _tidied(value_of(content, cell))
+
+
+def _tidied(content: str) -> str:
+    return unicodedata.normalize("NFC", user_turn(content)).strip()
 
 
 def turns_in(value: object) -> list[Any] | None:
@@ -156,7 +169,7 @@ def chat_ids(
     """
     template = tokenizer.get_chat_template()
     made = tokenizer.apply_chat_template(
-        list(turns),
+        [{**turn, "content": _tidied(turn["content"])} for turn in turns],
         chat_template=template if today is None else _on_day(template, today),
         add_generation_prompt=True,
         tokenize=True,
@@ -194,18 +207,20 @@ def dialogue_ids(
 def _answer_end(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], begin: int, read: list[int], today: datetime
 ) -> int:
-    """Where in `read`, which are `turns`, the last answer ends that begins at `begin`, with its end token.
+    """Where in `read`, which are `turns`, the last answer ends that begins at `begin`, with one end token.
 
     What the user says next bears no loss, nor does an end token in it: it begins at the latest where the
     tokens become other ones if the user says something else.
     """
     other = "1" if turns[-1]["content"].startswith("0") else "0"
     probe = chat_ids(tokenizer, [*turns[:-1], {"role": _USER, "content": other}], today)
-    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), len(probe))
-    ends = [i for i in range(begin, min(same, len(read))) if read[i] == tokenizer.eos_token_id]
-    if not ends:
+    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), 0)
+    end = max((i for i in range(begin, same) if read[i] == tokenizer.eos_token_id), default=begin)
+    if end == begin:
         raise ModelError(f"the model's chat template ends no answer with the tokenizer's end token. {_CURE}")
-    return ends[-1] + 1
+    while read[end - 1] == read[end] and end - 1 > begin:
+        end -= 1  # one more begins the user's turn
+    return end + 1
 
 
 @cache

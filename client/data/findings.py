@@ -130,8 +130,9 @@ class Code(Enum):
     BAD_TURNS = (
         "bad-turns",
         Severity.ERROR,
-        "A system turn or none, then user and assistant by turns, the user first and last; each with role "
-        "and content, and nothing else. Not every model takes a system turn.",
+        "A system turn or none, then user and assistant by turns, the user first: up to the answer, or where "
+        "there is no data.prompt a whole dialogue; each with role and content, and nothing else. Not every "
+        "model takes a system turn.",
     )
     NO_TEMPLATE = (
         "no-chat-template",

@@ -166,7 +166,8 @@ def _cured_turns(value: object, cure: _Cure, cell: Cell) -> object:
         said = [content_of(turn["content"], cell) for turn in turns]
     except (DataError, LookupError, TypeError):
         return value  # no conversation: left to people
-    cured = cure(said)
+    # A turn of which nothing would be left stays: an empty one is refused in training.
+    cured = [new or old for new, old in zip(map(str.strip, cure(said)), said, strict=True)]
     if cured == said:
         return value
     new = [{**turn, "content": content} for turn, content in zip(turns, cured, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from client.data.findings import Code, Finding
 from client.data.near import near_duplicates
 from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
+from common.errors import ModelError
 from common.kinds import TaskKind
 from common.turns import TRAINING_DAY, answers, dialogue_ids
 
@@ -193,10 +194,9 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
         says = f"The tokenizer of {model.name} has no chat template, which task.chat needs."
         return None, (Finding(Code.NO_TEMPLATE, (), says, columns.conversations),)
     tokens, refused = _tokens(sheet, tokenizer, model.max_length)
-    findings = []
-    if refused:
-        says = "whose conversation the model's chat template does not take, or not whole"
-        findings.append(_of(Code.BAD_TURNS, refused, says, columns.conversations or ""))
+    findings = [
+        _of(Code.BAD_TURNS, rows, says, columns.conversations or "") for says, rows in refused.items()
+    ]
     counts = [sum(parts) for parts in tokens]
     rows = [n for n, parts in zip(sheet.numbers, tokens, strict=True) if _cut(sheet, parts, model.max_length)]
     lengths = replace(lengths_of("tokens", counts, model.max_length), beyond=len(rows))
@@ -211,9 +211,9 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
 
 def _tokens(
     sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+) -> tuple[list[tuple[int, ...]], Mapping[str, Sequence[int]]]:
     """Of each record: tokens of its text, or of its prompt and of its text, as training counts them; and
-    the numbers of rows whose conversation the chat template refuses."""
+    the numbers of rows whose conversation the chat template refuses, by why."""
     kind, columns = sheet.subject.kind, sheet.subject.columns
     if columns.turns:
         return _turn_tokens(sheet, tokenizer, longest)
@@ -228,15 +228,15 @@ def _tokens(
         parts = [[count + special for count in part] for part in parts]
     else:
         parts[0] = [count + special for count in parts[0]]
-    return list(zip(*parts, strict=True)), ()
+    return list(zip(*parts, strict=True)), {}
 
 
 def _turn_tokens(
     sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+) -> tuple[list[tuple[int, ...]], Mapping[str, Sequence[int]]]:
     """As `_tokens`, of conversations: up to the first answer, and from there."""
     counts: list[tuple[int, ...]] = []
-    refused: list[int] = []
+    refused: dict[str, list[int]] = defaultdict(list)
     last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer)
     for number, (prompt, text), written in zip(sheet.numbers, sheet.records, last, strict=True):
         ids: list[int] = []
@@ -244,10 +244,12 @@ def _turn_tokens(
         try:
             if prompt:
                 ids, places = dialogue_ids(tokenizer, prompt, text, TRAINING_DAY, longest)
+        except ModelError as error:
+            refused[f"that cannot be trained on: {error}"].append(number)
         except Exception:  # a template may raise anything
-            refused.append(number)
+            refused["whose conversation the model's chat template does not take"].append(number)
         counts.append((places[0], len(ids) - places[0] + written + 1))
-    return counts, tuple(refused)
+    return counts, refused
 
 
 def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

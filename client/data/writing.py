@@ -62,12 +62,19 @@ def _delimited(raw: RawFile, out: Path, delimiter: str) -> bytes:
     writer = csv.writer(lines, delimiter=delimiter)
     writer.writerow(raw.columns)
     for row in raw.rows:
-        for name, value in row.cells.items():
+        cells = {name: _as_json(value) for name, value in row.cells.items()}
+        for name, value in cells.items():
             if not isinstance(value, str | int | float | None):
                 found = f"column {short(name)}, {raw.unit} {row.number}: {type_name(value)}"
                 raise DataError(f"{out}: a table of text cannot hold {found}. Write .jsonl instead.")
-        writer.writerow(["" if (value := row.cells.get(name)) is None else value for name in raw.columns])
+        writer.writerow(["" if (value := cells.get(name)) is None else value for name in raw.columns])
     return _encoded("".join(lines), out)
+
+
+def _as_json(value: object) -> object:
+    """Of a conversation its JSON, which training reads as the same one; all else as it is."""
+    turns = isinstance(value, list) and value and all(isinstance(t, dict) and "role" in t for t in value)
+    return json.dumps(value, ensure_ascii=False) if turns else value
 
 
 def _json_line(row: Row, raw: RawFile, out: Path) -> bytes:

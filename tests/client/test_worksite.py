@@ -166,6 +166,12 @@ def test_a_site_s_columns_must_fit_the_job_s_dialogues() -> None:
     assert applied(text="messages").data.text == "messages"
     assert applied(prompt="asked", text="answer").data.prompt == "asked"
     assert applied(prompt="").data.prompt is None
+    data = {"train": "job.jsonl", "prompt": "turns", "template": "{a} {b}"}
+    job = parse_config({**sections, "data": data}, source="a test")
+    assert applied(prompt="asked").data.template == "{a} {b}"
+    assert applied(text="answer").data.template is None
+    assert applied(text="messages", prompt="").data.text == "messages"
+    assert applied(template="", prompt="").data.template is None
 
 
 def test_too_few_records_and_too_large_a_delta_are_refused(

@@ -24,7 +24,16 @@ from common.errors import DataError
 from common.examples import Examples, collate
 from common.tables import Columns, Table, clean
 from common.task_generate import CausalLM
-from common.turns import TRAINING_DAY, answers, chat_ids, conversation, dialogue_ids, dialogue_of, halves
+from common.turns import (
+    TRAINING_DAY,
+    answers,
+    chat_ids,
+    conversation,
+    dialogue_ids,
+    dialogue_of,
+    halves,
+    prompt_of,
+)
 from tests.conftest import World, moved
 
 Worlds = Callable[..., World]
@@ -84,9 +93,18 @@ def test_a_dialogue_is_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
 
 
 def test_what_the_user_says_last_is_not_read(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, TURNS, [*TURNS, {"role": "user", "content": "thanks"}])
+    """Whatever it looks like: two messages on end, and empty ones, are common there."""
+    thanks = {"role": "user", "content": "thanks"}
+    odd = [{"role": "user"}, {"role": "user", "content": ""}, {"role": "user", "content": None, "name": "x"}]
+    path = jsonl(tmp_path, TURNS, [*TURNS, thanks], [*TURNS, thanks, thanks], [*TURNS, *odd])
     _, report = clean(read_table(path, WHOLE), max_characters=1000)
-    assert (report.kept, report.duplicate) == (1, 1)
+    assert (report.kept, report.duplicate) == (1, 3)
+
+
+def test_a_dialogue_without_turns_is_an_empty_record(tmp_path: Path) -> None:
+    """Of an array, as parquet has it, there is no other empty form."""
+    _, report = clean(read_table(jsonl(tmp_path, TURNS, [], "[]", "", " "), WHOLE), max_characters=1000)
+    assert (report.kept, report.empty) == (1, 4)
 
 
 USER, ASSISTANT = ({"role": role, "content": "SECRET"} for role in ("user", "assistant"))
@@ -94,7 +112,7 @@ USER, ASSISTANT = ({"role": role, "content": "SECRET"} for role in ("user", "ass
 
 @pytest.mark.parametrize(
     "value",
-    ["SECRET", 7, [], [USER], [ASSISTANT], [ASSISTANT, USER], [USER, USER, ASSISTANT],
+    ["SECRET", 7, [USER], [ASSISTANT], [ASSISTANT, USER], [USER, USER, ASSISTANT],
      [{"role": "system", "content": "SECRET"}, ASSISTANT], [USER, ASSISTANT, ASSISTANT],
      [USER, {"role": "assistant", "content": " "}], [USER, {"role": "tool", "content": "SECRET"}]],
     ids=repr,
@@ -301,3 +319,35 @@ def test_texts_are_no_conversations(world: Worlds) -> None:
     this = world("bpe-dialogues-causal")
     with pytest.raises(DataError, match="expected conversations"):
         this.model.task.encode(Table("t", ("w1",), None, None, None, (1,)), this.model.tokenizer, 32)
+
+
+def test_one_end_token_is_the_answer_s(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the same token begins each turn, too."""
+    template = TAGS.replace("<{{ m.role }}>", "</s><{{ m.role }}>").replace("%END%", "</s>")
+    template += ASKS.replace("<assistant>", "</s><assistant>")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    own = own_parts(CausalLM(chat=True).encode(table_of(TURNS), tokenizer, 400), tokenizer)
+    assert own == ["w3</s>", "w5 w6</s>", "good</s>"]
+
+
+def test_an_answer_whose_end_cannot_be_told_is_refused(
+    world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word that the tokenizer does not know looks like any other; the end of the user's turn was taken."""
+    tokenizer = world("gpt2-causal").model.tokenizer
+    template = "{% for m in messages %}{{ m.content }} [EOS] {% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    turns = [turns_of("w1", "w2", said, "w4") for said in ("w3", "never seen")]
+    assert len(CausalLM(chat=True).encode(table_of(turns[0]), tokenizer, 64)) == 1
+    with pytest.raises(DataError, match="Make records of one answer each"):
+        CausalLM(chat=True).encode(table_of(turns_of("w1", "w2", "neverseen", "w4")), tokenizer, 64)
+
+
+def test_a_turn_is_written_alike_wherever_it_comes_from(world: Worlds) -> None:
+    this = world("bpe-dialogues-causal")
+    asked = [{"role": "user", "content": " cafe\u0301 \n"}]
+    examples = this.model.task.encode(table_of(turns_of("caf\u00e9", "w1")), this.model.tokenizer, 64)
+    ids = examples.tokens[: int(examples.target[0][0])].tolist()
+    assert chat_ids(this.model.tokenizer, asked, TRAINING_DAY) == ids
+    for lone in (" cafe\u0301 ", asked):
+        assert chat_ids(this.model.tokenizer, conversation(prompt_of(lone, CELL)), TRAINING_DAY) == ids

@@ -103,6 +103,12 @@ def test_what_a_chat_cannot_be(kind: str, data: dict[str, str], says: str) -> No
     sections = {"model": {"name": "m"}, "task": {"kind": kind, "chat": True}}
     with pytest.raises(ConfigError, match=says):
         parse_config({**sections, "data": {"train": "x.csv", **data}}, source="a test")
+    assert (
+        parse_config(
+            {**sections, "task": {"kind": "causal-lm"}, "data": {"train": "x", "prompt": ""}}, source="a test"
+        ).data.prompt
+        is None
+    )
     with pytest.raises(ConfigError, match=r"task\.chat: data\.sample"):
         task = {"kind": "causal-lm", "chat": True}
         parse_config({**sections, "task": task, "data": {"sample": "rotten-tomatoes"}}, source="a test")

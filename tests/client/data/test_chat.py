@@ -332,3 +332,49 @@ def test_raw_marks_in_json_are_read_as_training_reads_them(tmp_path: Path) -> No
     looked = whole(tmp_path, dialogues=[cell])
     assert not rows_of(check(replace(looked, model=None)), Code.BAD_TURNS)
     assert read_table(looked.train, looked.columns).prompt == ("a  b",)
+
+
+def test_what_stands_after_the_last_answer_is_masked_too(tmp_path: Path) -> None:
+    """Training does not read it, but whoever gets the cleaned file does."""
+    dialogue = conversation("Hello.", "Good day.", "Thanks! I am jane@example.org", "", "BSN 111222333")
+    dialogue[3]["role"] = "user"
+    looked = replace(whole(tmp_path, dialogues=[dialogue, DIALOGUES[0]]), model=None)
+    checked = check(looked)
+    assert rows_of(checked, Code.EMAIL) == rows_of(checked, Code.NATIONAL_ID) == {1}
+    clean(looked, write(tmp_path, "recipe.toml", proposed(checked).encode()), tmp_path / "out.jsonl")
+    left = (tmp_path / "out.jsonl").read_text()
+    assert "jane@" not in left and "111222333" not in left and "[EMAIL]" in left
+    assert len(read_table(tmp_path / "out.jsonl", looked.columns)) == 2
+
+
+@pytest.mark.parametrize("nothing", ["<br/>", "\u200b", " <p></p> "])
+def test_a_turn_is_not_tidied_to_nothing(tmp_path: Path, nothing: str) -> None:
+    """An empty one is refused in training: what a recipe makes must be read as what it was."""
+    looked = whole(
+        tmp_path, dialogues=[conversation("Hello  there.", nothing, "<b>Hm</b>", "Yes?"), DIALOGUES[0]]
+    )
+    looked = replace(looked, model=None)
+    clean(looked, write(tmp_path, "recipe.toml", proposed(check(looked)).encode()), tmp_path / "out.jsonl")
+    (found, _) = (row.cells["messages"] for row in read_raw(tmp_path / "out.jsonl").rows)
+    assert found == conversation("Hello there.", nothing.strip(), "Hm", "Yes?")
+    assert len(read_table(tmp_path / "out.jsonl", looked.columns)) == 2
+
+
+def test_conversations_go_into_a_table_of_text(tmp_path: Path) -> None:
+    looked = replace(whole(tmp_path, dialogues=[DIALOGUES[0], DIALOGUES[1]]), model=None)
+    steps = write(tmp_path, "recipe.toml", b'[[step]]\ndo = "collapse-space"\n')
+    for form in ("jsonl", "csv"):
+        clean(looked, steps, tmp_path / f"out.{form}")
+    one, other = (read_table(tmp_path / f"out.{form}", looked.columns) for form in ("jsonl", "csv"))
+    assert (one.prompt, one.text) == (other.prompt, other.text)
+
+
+def test_a_template_that_does_not_fit_is_named(tmp_path: Path, bpe_folder: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(bpe_folder, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    checked = check(whole(tmp_path, str(model), [DIALOGUES[0], DIALOGUES[1]]))
+    (finding,) = [f for f in checked.findings if f.code is Code.BAD_TURNS]
+    assert finding.rows == (2,) and "the tokenizer's end token" in finding.says
