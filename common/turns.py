@@ -159,9 +159,7 @@ def answers(text: str) -> list[Turn]:
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Turn],
-    today: datetime | None = None,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
 ) -> list[int]:
     """The tokens of a conversation by the chat template, up to where the answer begins.
 
@@ -214,7 +212,9 @@ def _answer_end(
     """
     other = "1" if turns[-1]["content"].startswith("0") else "0"
     probe = chat_ids(tokenizer, [*turns[:-1], {"role": _USER, "content": other}], today)
-    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), 0)
+    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), None)
+    if same is None:
+        raise ModelError(f"the tokenizer knows too few words to tell where an answer ends. {_CURE}")
     end = max((i for i in range(begin, same) if read[i] == tokenizer.eos_token_id), default=begin)
     if end == begin:
         raise ModelError(f"the model's chat template ends no answer with the tokenizer's end token. {_CURE}")

@@ -337,9 +337,9 @@ def test_an_answer_whose_end_cannot_be_told_is_refused(
     tokenizer = world("gpt2-causal").model.tokenizer
     template = "{% for m in messages %}{{ m.content }} [EOS] {% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    turns = [turns_of("w1", "w2", said, "w4") for said in ("w3", "never seen")]
-    assert len(CausalLM(chat=True).encode(table_of(turns[0]), tokenizer, 64)) == 1
-    with pytest.raises(DataError, match="Make records of one answer each"):
+    known = table_of(turns_of("w1", "w2", "w3", "w4"))
+    assert len(CausalLM(chat=True).encode(known, tokenizer, 64)) == 1
+    with pytest.raises(DataError, match=r"too few words .* Make records of one answer each"):
         CausalLM(chat=True).encode(table_of(turns_of("w1", "w2", "neverseen", "w4")), tokenizer, 64)
 
 
