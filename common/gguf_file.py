@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import ModelError
+from common.turns import end_id
 
 FAMILY = "llama"  # transformers' `model_type`, and the name of the architecture in GGUF
 
@@ -131,6 +132,7 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary
     for add, token in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_eot_token_id, end_id(tokenizer)),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):

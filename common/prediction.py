@@ -21,6 +21,7 @@ from common.exported import Description, Form, describe
 from common.models import (
     AdaptedModel,
     MeanPooledClassifier,
+    end_answers,
     load_image_processor,
     load_tokenizer,
     model_path,
@@ -120,6 +121,8 @@ def open_adapter(path: Path, device: str = "auto") -> Predictor:
     module.eval().to(place)
     model = AdaptedModel(module, whole, tokenizer, task, {}, place)
     base_config: Any = model.base.config
+    if kind is TaskKind.CAUSAL_LM:
+        end_answers(model.base, tokenizer)
     if not images and base_config.pad_token_id is None:
         base_config.pad_token_id = tokenizer.pad_token_id  # decoders that classify read the last real token
     return Predictor(model, described)

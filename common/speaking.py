@@ -86,8 +86,7 @@ def speak(
         **options,
     )[0, len(ids) :].tolist()
     base: Any = model.base
-    ends = base.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = base.generation_config.eos_token_id or ()  # a list, of every causal model that we load
     return Said(teller.said, len(written), bool(written) and written[-1] in ends)
 
 

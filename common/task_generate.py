@@ -18,7 +18,7 @@ from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
-from common.turns import TRAINING_DAY, answers, dialogue_ids
+from common.turns import TRAINING_DAY, answers, dialogue_ids, end_id
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -41,12 +41,12 @@ class CausalLM:
     chat: bool = False
 
     def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        if tokenizer.eos_token_id is None:
+        end = end_id(tokenizer) if self.chat else tokenizer.eos_token_id
+        if end is None:
             raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
-        end = [int(tokenizer.eos_token_id)]
         last = [answers(text)[-1]["content"] for text in table.text] if self.chat else list(table.text)
         texts = tokenizer(last, add_special_tokens=False)["input_ids"]
-        read = self._read(table, tokenizer, max_length)
+        read = self._read(table, tokenizer, int(end), max_length)
         # A template writes its own beginning.
         bare = self.chat or tokenizer.bos_token_id is None
         start = [] if bare else [int(tokenizer.bos_token_id)]
@@ -54,13 +54,13 @@ class CausalLM:
         for (before, places), text in zip(read, texts, strict=True):
             # A long prompt keeps its end, and at least half of the length is left to what follows.
             cut = max(0, places[0] - (max_length // 2 - len(start)))
-            ids.append((start + before[cut:] + text + end)[:max_length])
+            ids.append((start + before[cut:] + text + [int(end)])[:max_length])
             first, *more = (place - cut + len(start) for place in places)
             own.append([max(first, 1), *more])
         return pack(ids, Ragged.of(own, np.int64))
 
     def _read(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self, table: Table, tokenizer: PreTrainedTokenizerBase, end: int, max_length: int
     ) -> list[tuple[list[int], Sequence[int]]]:
         """Of each record the tokens up to its last answer, and the places in them, as of `target`."""
         if self.chat and not tokenizer.chat_template:
@@ -78,7 +78,7 @@ class CausalLM:
         found: list[tuple[list[int], Sequence[int]]] = []
         for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
             try:
-                found.append(dialogue_ids(tokenizer, prompt, text, TRAINING_DAY, max_length))
+                found.append(dialogue_ids(tokenizer, prompt, text, end, TRAINING_DAY, max_length))
             except ModelError as error:
                 raise DataError(f"{table.source}, row {row}: {error}") from None
             except Exception as error:  # a template may raise anything, with the conversation in its message

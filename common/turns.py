@@ -176,12 +176,40 @@ def chat_ids(
     return list(made["input_ids"])
 
 
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer: the first special token that the chat template writes after one, since a
+    model tuned on conversations may have an end of its own; where there is none, the tokenizer's end token.
+    """
+    text_end: int | None = tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        return text_end
+    try:
+        said, other = (
+            chat_ids(
+                tokenizer,
+                [
+                    {"role": _USER, "content": "2"},
+                    {"role": _ASSISTANT, "content": answer},
+                    {"role": _USER, "content": "2"},
+                ],
+                TRAINING_DAY,
+            )
+            for answer in ("0", "1")
+        )
+    except Exception:  # a template may raise anything: it is told with the row that it does not take
+        return text_end
+    answered = next((i for i, (a, b) in enumerate(zip(said, other, strict=False)) if a != b), len(said))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = (i for i in said[answered:] if i in special - {tokenizer.bos_token_id, tokenizer.unk_token_id})
+    return next(written, text_end)
+
+
 def dialogue_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, today: datetime, most: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, end: int | None, today: datetime, most: int
 ) -> tuple[list[int], list[int]]:
     """The tokens of a dialogue up to where its last answer begins; and places in them, of each answer in
     `text` but the last its beginning and its end, of the last where it will begin. Beyond the first `most`
-    tokens after the prompt, places are left out.
+    tokens after the prompt, places are left out. `end`: the token that ends answers (`end_id`).
 
     Raises:
         ModelError: the template cannot be used for whole dialogues.
@@ -197,15 +225,20 @@ def dialogue_ids(
             raise ModelError(f"the model's chat template writes the past anew with each turn. {_CURE}")
         if long:
             return read, places
-        places += [_answer_end(tokenizer, turns[:asked], len(ids), read, today), len(read)]
+        places += [_answer_end(tokenizer, turns[:asked], len(ids), read, end, today), len(read)]
         ids = read
     return ids, places
 
 
 def _answer_end(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], begin: int, read: list[int], today: datetime
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    begin: int,
+    read: list[int],
+    end: int | None,
+    today: datetime,
 ) -> int:
-    """Where in `read`, which are `turns`, the last answer ends that begins at `begin`, with one end token.
+    """Where in `read`, which are `turns`, the last answer stops that begins at `begin`, with one `end` token.
 
     What the user says next bears no loss, nor does an end token in it: it begins at the latest where the
     tokens become other ones if the user says something else.
@@ -215,12 +248,12 @@ def _answer_end(
     same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), None)
     if same is None:
         raise ModelError(f"the tokenizer knows too few words to tell where an answer ends. {_CURE}")
-    end = max((i for i in range(begin, same) if read[i] == tokenizer.eos_token_id), default=begin)
-    if end == begin:
-        raise ModelError(f"the model's chat template ends no answer with the tokenizer's end token. {_CURE}")
-    while read[end - 1] == read[end] and end - 1 > begin:
-        end -= 1  # one more begins the user's turn
-    return end + 1
+    last = max((i for i in range(begin, same) if read[i] == end), default=begin)
+    if last == begin:
+        raise ModelError(f"the model's chat template writes no special token where an answer ends. {_CURE}")
+    while read[last - 1] == read[last] and last - 1 > begin:
+        last -= 1  # one more begins the user's turn
+    return last + 1
 
 
 @cache

@@ -14,7 +14,7 @@ from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
 from common.errors import ModelError
 from common.kinds import TaskKind
-from common.turns import TRAINING_DAY, answers, dialogue_ids
+from common.turns import TRAINING_DAY, answers, dialogue_ids, end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,12 +238,13 @@ def _turn_tokens(
     counts: list[tuple[int, ...]] = []
     refused: dict[str, list[int]] = defaultdict(list)
     last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer)
+    end = end_id(tokenizer)
     for number, (prompt, text), written in zip(sheet.numbers, sheet.records, last, strict=True):
         ids: list[int] = []
         places = [0]
         try:
             if prompt:
-                ids, places = dialogue_ids(tokenizer, prompt, text, TRAINING_DAY, longest)
+                ids, places = dialogue_ids(tokenizer, prompt, text, end, TRAINING_DAY, longest)
         except ModelError as error:
             refused[f"that cannot be trained on: {error}"].append(number)
         except Exception:  # a template may raise anything
