@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-from common.errors import DataError
+from common.errors import CellError, DataError
 from common.images import image_text
 
 IMAGES = "images"  # in place of what joins lists: the text is an image
@@ -29,9 +29,9 @@ class Cell:
     row: int
     column: str
 
-    def fault(self, expected: str, found: str, hint: str = "Correct the row, or remove it.") -> DataError:
+    def fault(self, expected: str, found: str, hint: str = "Correct the row, or remove it.") -> CellError:
         where = f"{self.path}, row {self.row}, column {short(self.column)}"
-        return DataError(f"{where}: expected {expected}, found {found}. {hint}")
+        return CellError(f"{where}: expected {expected}, found {found}. {hint}", expected)
 
 
 def value_of(value: object, cell: Cell) -> str:

@@ -27,6 +27,14 @@ class DataError(ConfideError):
     exit_code = 3
 
 
+class CellError(DataError):
+    """A value in a data file is not `expected`, which is said in the message, too."""
+
+    def __init__(self, message: str, expected: str) -> None:
+        super().__init__(message)
+        self.expected = expected
+
+
 class ModelError(ConfideError):
     """A model cannot be loaded, or an adapter does not fit it."""
 

@@ -13,7 +13,7 @@ from client.data.reading import RawFile
 from client.data.subject import Subject
 from common.cells import Cell, listed, nearest, short, span_of, text_of, type_name
 from common.datasets import FileKind
-from common.errors import DataError
+from common.errors import CellError, DataError
 from common.kinds import TaskKind
 from common.turns import conversation, dialogue_of, halves, prompt_of, turns_in, user_turn
 
@@ -202,9 +202,11 @@ def _conversation(
 ) -> str | None:
     try:
         return reading(value, Cell(raw.path, number, name))
+    except CellError as error:
+        wrong[Code.BAD_TURNS, f"where {error.expected} should be"].append(number)
     except DataError:
-        wrong[Code.BAD_TURNS, "whose turns are no conversation"].append(number)
-        return None
+        wrong[Code.BAD_TURNS, "with a turn that cannot be read"].append(number)
+    return None
 
 
 def _torn(value: str) -> bool:

@@ -228,7 +228,10 @@ def whole(folder: Path, model: str = "", dialogues: Sequence[Any] = DIALOGUES) -
 def test_whole_dialogues_are_looked_at(tmp_path: Path, bpe_folder: Path) -> None:
     looked = whole(tmp_path, str(bpe_folder))
     checked = check(looked)
-    assert rows_of(checked, Code.BAD_TURNS) == {4, 5, 7}
+    assert {f.rows: f.says for f in checked.findings if f.code is Code.BAD_TURNS} == {
+        (4,): "1 row where a dialogue with an answer in it should be.",
+        (5, 7): "2 rows where a dialogue, a list of turns with role and content, or its JSON should be.",
+    }
     assert rows_of(checked, Code.MISSING_VALUE) == {8}
     assert rows_of(checked, Code.EMPTY_TEXT) == {6}
     assert rows_of(checked, Code.DUPLICATE) == {3}
@@ -377,4 +380,4 @@ def test_a_template_that_does_not_fit_is_named(tmp_path: Path, bpe_folder: Path)
     )
     checked = check(whole(tmp_path, str(model), [DIALOGUES[0], DIALOGUES[1]]))
     (finding,) = [f for f in checked.findings if f.code is Code.BAD_TURNS]
-    assert finding.rows == (2,) and "the tokenizer's end token" in finding.says
+    assert finding.rows == (2,) and "no special token where an answer ends" in finding.says
