@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from common.secagg.policy import Roster
 
 LONGEST_ENTRY = 10_000
 """Characters of an entry in a site's log. An error may quote what the server has sent, however long."""
+LARGEST_LOG = 10_000_000
+"""Bytes after which a site's log is set aside; the one set aside before is dropped."""
 
 
 @dataclass(frozen=True)
@@ -83,5 +86,9 @@ class Site:
             text = f"{text[: LONGEST_ENTRY // 2]} … {text[-LONGEST_ENTRY // 2 :]}"
         logging.getLogger("confide.site").info("site %d: %s", self.site_id, text)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "site.log").open("a", encoding="utf-8") as file:
+        path = self.folder / "site.log"
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > LARGEST_LOG:
+                path.replace(path.with_name("site.log.1"))
+        with path.open("a", encoding="utf-8") as file:
             file.write(text.replace("\n", " ") + "\n")

@@ -13,6 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
+import client.site
 from client.identity import SiteFolder, create_site, load_identity, load_local_key
 from client.ledger import Ledger
 from client.policy_check import model_digest, policy_of_run
@@ -498,3 +499,15 @@ def test_a_study_without_privacy_is_charged_nothing(subject: Client) -> None:
     study = agreeing(dataclasses.replace(subject.site, config=config, plan=open_plan, ledger=None))
     study.vector(study.request())
     assert subject.charges == 0
+
+
+def test_a_site_s_log_stays_small(subject: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.site, "LARGEST_LOG", 200)
+    for number in range(100):
+        subject.site.log(f"entry {number} of many")
+    folder = subject.site.folder
+    older, newer = ((folder / name).read_text("utf-8") for name in ("site.log.1", "site.log"))
+    lines = (older + newer).splitlines()
+    assert lines == [f"entry {number} of many" for number in range(100 - len(lines), 100)]
+    assert len(lines) > 10 and max(len(older), len(newer)) < 300
+    assert sorted(p.name for p in folder.glob("site.log*")) == ["site.log", "site.log.1"]
