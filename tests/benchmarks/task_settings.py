@@ -71,9 +71,14 @@ NAMES = Work(
     },
     {
         "run": {"rounds": 16},
-        "adapter": {"rank": 16, "layers": [-3, -2, -1], "target_modules": ["query", "key", "value"]},
+        "adapter": {
+            "method": "lora",
+            "rank": 16,
+            "layers": [-3, -2, -1],
+            "target_modules": ["query", "key", "value"],
+        },
         "privacy": {"sample_rate": 0.03},
-        "training": {"local_steps": 10, "learning_rate": 0.005},
+        "training": {"local_steps": 10, "learning_rate": 0.003},
     },
 )
 ANSWERS = Work(
