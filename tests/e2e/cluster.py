@@ -84,9 +84,12 @@ def tiny_cluster(
     sites: int = 3,
     rounds: int = 2,
     deadline: float = 60.0,
-    chat: bool = False,
+    chat: str = "",
 ) -> Iterator[tuple[Any, str]]:
-    """A founded federation with an approved job; nothing runs yet. All that was started is stopped."""
+    """A founded federation with an approved job; nothing runs yet. All that was started is stopped.
+
+    chat: the columns of [data] that make the records conversations.
+    """
     os.environ["PYTHONPATH"] = str(ROOT)
     module = local_cluster()
     cluster = module.Cluster(folder, sites, module.Network.best(f"ct{os.getpid() % 10000}"))
@@ -100,14 +103,14 @@ def tiny_cluster(
         cluster.stop_all()
 
 
-def write_job(cluster: Any, model: Path, rounds: int, deadline: float, chat: bool = False) -> Path:
+def write_job(cluster: Any, model: Path, rounds: int, deadline: float, chat: str = "") -> Path:
     config: Path = cluster.folder / "job.toml"
     labels, name = json.dumps(list(LABELS)), json.dumps(str(model))
     nominal = 120 // cluster.sites
     text = CONFIG.format(rounds=rounds, labels=labels, model=name, deadline=deadline, nominal=nominal)
     if chat:
         text = text.replace(f"labels = {labels}", 'kind = "causal-lm"\nchat = true')
-        text = text.replace("[data]\n", '[data]\nprompt = "messages"\ntext = "answer"\n')
+        text = text.replace("[data]\n", f"[data]\n{chat}\n")
     config.write_text(text)
     return config
 
@@ -120,7 +123,9 @@ def divide(cluster: Any, data: Path) -> None:
     for t, label in zip(table.text, table.label or (), strict=True):
         turns = [("user", "w1 w2"), ("assistant", "some"), ("user", t)]
         messages = [{"role": role, "content": content} for role, content in turns]
-        rows.append(json.dumps({"text": t, "label": label, "messages": messages, "answer": label}))
+        whole = [*messages, {"role": "assistant", "content": label}]
+        record = {"text": t, "label": label, "messages": messages, "answer": label, "whole": whole}
+        rows.append(json.dumps(record))
     rows = list(dict.fromkeys(rows))
     each = (len(rows) - 20) // cluster.sites
     (cluster.folder / "public.jsonl").write_text("\n".join(rows[:20]) + "\n")

@@ -65,9 +65,12 @@ def test_a_job_over_three_sites(bert_folder: Path, data_file: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_conversations_over_three_sites(bpe_folder: Path, data_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", ['prompt = "messages"\ntext = "answer"', 'text = "whole"'])
+def test_conversations_over_three_sites(
+    bpe_folder: Path, data_file: Path, tmp_path: Path, columns: str
+) -> None:
     """Server and sites write the same prompts; the adapter is asked as it was trained."""
-    with tiny_cluster(tmp_path / "c", bpe_folder, data_file, chat=True) as (cluster, job):
+    with tiny_cluster(tmp_path / "c", bpe_folder, data_file, chat=columns) as (cluster, job):
         cluster.start_all()
         summary = cluster.wait(job, 400)
         assert summary["rounds_without_sum"] == 0
