@@ -80,6 +80,7 @@ NAMES = Work(
         "privacy": {"sample_rate": 0.03},
         "training": {"local_steps": 10, "learning_rate": 0.003},
     },
+    {"training": {"learning_rate": 0.005}},
 )
 ANSWERS = Work(
     task_data.answers,
