@@ -18,7 +18,7 @@ from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
-from common.turns import TRAINING_DAY, answers, dialogue_ids, end_id
+from common.turns import TRAINING_DAY, AnswerForm, answer_form, answers, dialogue_ids
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -41,12 +41,14 @@ class CausalLM:
     chat: bool = False
 
     def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        end = end_id(tokenizer) if self.chat else tokenizer.eos_token_id
-        if end is None:
+        form = answer_form(tokenizer) if self.chat else AnswerForm(tokenizer.eos_token_id, None)
+        if form.end is None:
             raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
+        end = int(form.end)
         last = [answers(text)[-1]["content"] for text in table.text] if self.chat else list(table.text)
-        texts = tokenizer(last, add_special_tokens=False)["input_ids"]
-        read = self._read(table, tokenizer, int(end), max_length)
+        # In a conversation only the template writes control tokens.
+        texts = tokenizer(last, add_special_tokens=False, split_special_tokens=self.chat)["input_ids"]
+        read = self._read(table, tokenizer, form, max_length)
         # A template writes its own beginning.
         bare = self.chat or tokenizer.bos_token_id is None
         start = [] if bare else [int(tokenizer.bos_token_id)]
@@ -54,20 +56,15 @@ class CausalLM:
         for (before, places), text in zip(read, texts, strict=True):
             # A long prompt keeps its end, and at least half of the length is left to what follows.
             cut = max(0, places[0] - (max_length // 2 - len(start)))
-            ids.append((start + before[cut:] + text + [int(end)])[:max_length])
+            ids.append((start + before[cut:] + text + [end])[:max_length])
             first, *more = (place - cut + len(start) for place in places)
             own.append([max(first, 1), *more])
         return pack(ids, Ragged.of(own, np.int64))
 
     def _read(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase, end: int, max_length: int
+        self, table: Table, tokenizer: PreTrainedTokenizerBase, form: AnswerForm, max_length: int
     ) -> list[tuple[list[int], Sequence[int]]]:
         """Of each record the tokens up to its last answer, and the places in them, as of `target`."""
-        if self.chat and not tokenizer.chat_template:
-            raise ModelError(
-                "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
-                "conversations, or set task.chat to false"
-            )
         if table.prompt is None and self.chat:
             raise DataError(f"{table.source}: expected conversations (task.chat), found texts")
         if table.prompt is None:
@@ -78,15 +75,9 @@ class CausalLM:
         found: list[tuple[list[int], Sequence[int]]] = []
         for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
             try:
-                found.append(dialogue_ids(tokenizer, prompt, text, end, TRAINING_DAY, max_length))
+                found.append(dialogue_ids(tokenizer, prompt, text, form, TRAINING_DAY, max_length))
             except ModelError as error:
                 raise DataError(f"{table.source}, row {row}: {error}") from None
-            except Exception as error:  # a template may raise anything, with the conversation in its message
-                raise DataError(
-                    f"{table.source}, row {row}: the model's chat template does not take this conversation "
-                    f"({type(error).__name__}). Not every model takes a system turn: put it into the user's "
-                    "first."
-                ) from None
         return found
 
     def made_up(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> Examples:

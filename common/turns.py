@@ -16,6 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -158,13 +159,42 @@ def answers(text: str) -> list[Turn]:
     return [{"role": _ASSISTANT, "content": first}, *(conversation(_TURN + rest) if rest else ())]
 
 
+@dataclass(frozen=True)
+class AnswerForm:
+    """How a chat template writes answers. `end`: the token that ends one. `fault`: why those of the past
+    cannot be trained on; None: they can."""
+
+    end: int | None
+    fault: str | None
+
+
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
 ) -> list[int]:
     """The tokens of a conversation by the chat template, up to where the answer begins.
 
+    A control token in a turn's content is read as text: nobody writes other turns than his own.
     `today`: the day that a template may write; `None`: this one.
+
+    Raises:
+        ModelError: the template does not take this conversation. No content is shown.
     """
+    try:
+        return _written(tokenizer, turns, today)
+    except Exception as error:  # a template may raise anything, with the conversation in its message
+        says = f"the model's chat template does not take this conversation ({type(error).__name__})"
+        if turns and turns[0]["role"] == _SYSTEM:
+            says += ". Not every model takes a system turn: put it into the user's first"
+        elif len(turns) > 1:
+            says += ". Not every model takes several questions, or turns in this order"
+        else:
+            says += ". Does the model want a system turn?"
+        raise ModelError(says) from None
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
+) -> list[int]:
     template = tokenizer.get_chat_template()
     made = tokenizer.apply_chat_template(
         [{**turn, "content": _tidied(turn["content"])} for turn in turns],
@@ -172,51 +202,107 @@ def chat_ids(
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
+        sanitize_control_tokens=True,
     )
     return list(made["input_ids"])
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an answer: the first special token that the chat template writes after one, since a
-    model tuned on conversations may have an end of its own; where there is none, the tokenizer's end token.
+def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
+    """How the chat template writes an answer, by what it makes of a conversation that we make up.
+
+    An answer ends with the first of the tokenizer's added tokens that stands after it, since a model tuned on
+    conversations may have an end of its own; where there is none, with the tokenizer's end token.
+
+    Raises:
+        ModelError: there is no template, or it takes no conversation.
     """
     text_end: int | None = tokenizer.eos_token_id
-    if not tokenizer.chat_template:
-        return text_end
+    opening = _opening(tokenizer)
+    asked = chat_ids(tokenizer, opening, TRAINING_DAY)
     try:
         said, other = (
             chat_ids(
                 tokenizer,
-                [
-                    {"role": _USER, "content": "2"},
-                    {"role": _ASSISTANT, "content": answer},
-                    {"role": _USER, "content": "2"},
-                ],
+                [*opening, {"role": _ASSISTANT, "content": answer}, {"role": _USER, "content": "2"}],
                 TRAINING_DAY,
             )
             for answer in ("0", "1")
         )
-    except Exception:  # a template may raise anything: it is told with the row that it does not take
-        return text_end
-    answered = next((i for i, (a, b) in enumerate(zip(said, other, strict=False)) if a != b), len(said))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    written = (i for i in said[answered:] if i in special - {tokenizer.bos_token_id, tokenizer.unk_token_id})
-    return next(written, text_end)
+    except ModelError:
+        return AnswerForm(text_end, "takes no second question")
+    first, rest = _alike(said, other), _alike(said[::-1], other[::-1])
+    if first == len(said):
+        return AnswerForm(text_end, "cannot be followed: the tokenizer knows too few words")
+    end = _first_added(tokenizer, said[len(said) - rest :])
+    if end is None:
+        return AnswerForm(text_end, "writes no special token where an answer ends")
+    if said[: len(asked)] == asked and tokenizer.decode(said[len(asked) : first]).strip():
+        return AnswerForm(end, "begins answers of the past otherwise than it asks for a new one")
+    return AnswerForm(end, None)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    """A conversation that the template takes: a question, after a system turn where it wants one."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
+            "conversations, or set task.chat to false"
+        )
+    question: Turn = {"role": _USER, "content": "2"}
+    why = ""
+    for turns in ([question], [{"role": _SYSTEM, "content": "2"}, question]):
+        try:
+            _written(tokenizer, turns, TRAINING_DAY)
+        except Exception as error:  # it may raise anything; the conversation in its message is ours
+            why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            return turns
+    raise ModelError(
+        f"the model's chat template takes no conversation, not even one question ({why}). Choose another "
+        "model, or mend its chat template"
+    )
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _first_added(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
+    """The first of the tokens that were added to the words, if nothing but blanks stands before it."""
+    begins = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    place = next((i for i, token in enumerate(ids) if token in added), None)
+    if place is None or ids[place] in begins or tokenizer.decode(ids[:place]).strip():
+        return None
+    return ids[place]
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer (`answer_form`), or a text where there is no usable chat template."""
+    if tokenizer.chat_template:
+        with contextlib.suppress(ModelError):  # it is told to who trains on conversations
+            return answer_form(tokenizer).end
+    end: int | None = tokenizer.eos_token_id
+    return end
 
 
 def dialogue_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, end: int | None, today: datetime, most: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, form: AnswerForm, today: datetime, most: int
 ) -> tuple[list[int], list[int]]:
     """The tokens of a dialogue up to where its last answer begins; and places in them, of each answer in
     `text` but the last its beginning and its end, of the last where it will begin. Beyond the first `most`
-    tokens after the prompt, places are left out. `end`: the token that ends answers (`end_id`).
+    tokens after the prompt, places are left out. `form`: of the tokenizer (`answer_form`).
 
     Raises:
-        ModelError: the template cannot be used for whole dialogues.
+        ModelError: the template does not take it, or cannot be used for whole dialogues.
     """
     before = conversation(prompt)
     turns = [*before, *answers(text)]
     ids = chat_ids(tokenizer, before, today)
+    if form.fault and len(turns) > len(before) + 1:
+        raise ModelError(f"the model's chat template {form.fault}. {_CURE}")
     places = [len(ids)]
     for asked in range(len(before) + 2, len(turns), 2):  # the answer before stands at asked - 2
         long = len(ids) >= places[0] + most
@@ -225,35 +311,12 @@ def dialogue_ids(
             raise ModelError(f"the model's chat template writes the past anew with each turn. {_CURE}")
         if long:
             return read, places
-        places += [_answer_end(tokenizer, turns[:asked], len(ids), read, end, today), len(read)]
+        end = next((i for i in range(len(ids), len(read)) if read[i] == form.end), None)
+        if end is None:
+            raise ModelError(f"the model's chat template ends some answers otherwise than others. {_CURE}")
+        places += [end + 1, len(read)]
         ids = read
     return ids, places
-
-
-def _answer_end(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Turn],
-    begin: int,
-    read: list[int],
-    end: int | None,
-    today: datetime,
-) -> int:
-    """Where in `read`, which are `turns`, the last answer stops that begins at `begin`, with one `end` token.
-
-    What the user says next bears no loss, nor does an end token in it: it begins at the latest where the
-    tokens become other ones if the user says something else.
-    """
-    other = "1" if turns[-1]["content"].startswith("0") else "0"
-    probe = chat_ids(tokenizer, [*turns[:-1], {"role": _USER, "content": other}], today)
-    same = next((i for i, (a, b) in enumerate(zip(read, probe, strict=False)) if a != b), None)
-    if same is None:
-        raise ModelError(f"the tokenizer knows too few words to tell where an answer ends. {_CURE}")
-    last = max((i for i in range(begin, same) if read[i] == end), default=begin)
-    if last == begin:
-        raise ModelError(f"the model's chat template writes no special token where an answer ends. {_CURE}")
-    while read[last - 1] == read[last] and last - 1 > begin:
-        last -= 1  # one more begins the user's turn
-    return last + 1
 
 
 @cache
@@ -261,5 +324,5 @@ def _on_day(template: str, day: datetime) -> str:
     """The template with `day` for today. transformers lets nobody pass a clock of their own to it."""
     dated = _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
     if "strftime_now(" in dated:
-        raise ValueError("the template writes a date that depends on more than the day")
+        raise ValueError("it writes a date that depends on more than the day")
     return dated

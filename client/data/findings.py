@@ -131,13 +131,12 @@ class Code(Enum):
         "bad-turns",
         Severity.ERROR,
         "A system turn or none, then user and assistant by turns, the user first: up to the answer, or where "
-        "there is no data.prompt a whole dialogue; each with role and content, and nothing else. Not every "
-        "model takes a system turn.",
+        "there is no data.prompt a whole dialogue; each with role and content, and nothing else.",
     )
     NO_TEMPLATE = (
         "no-chat-template",
         Severity.ERROR,
-        "Choose a model that was tuned on conversations, or set task.chat to false.",
+        "Choose a model that was tuned on conversations, or mend its chat template.",
     )
     BAD_ANSWER = ("bad-answer", Severity.ERROR, "The answer must stand in the context, word for word.")
     # People

@@ -14,7 +14,7 @@ from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
 from common.errors import ModelError
 from common.kinds import TaskKind
-from common.turns import TRAINING_DAY, answers, dialogue_ids, end_id
+from common.turns import TRAINING_DAY, answer_form, answers, dialogue_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,10 +190,15 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
 
     tokenizer = load_tokenizer(model)
     columns, causal = sheet.subject.columns, sheet.subject.kind is TaskKind.CAUSAL_LM
-    if columns.turns and not tokenizer.chat_template:
-        says = f"The tokenizer of {model.name} has no chat template, which task.chat needs."
-        return None, (Finding(Code.NO_TEMPLATE, (), says, columns.conversations),)
-    tokens, refused = _tokens(sheet, tokenizer, model.max_length)
+    refused: Mapping[str, Sequence[int]] = {}
+    if columns.turns:
+        try:
+            tokens, refused = _turn_tokens(sheet, tokenizer, model.max_length)
+        except ModelError as error:
+            says = f"{model.name}: {error}."
+            return None, (Finding(Code.NO_TEMPLATE, (), says, columns.conversations),)
+    else:
+        tokens = _tokens(sheet, tokenizer)
     findings = [
         _of(Code.BAD_TURNS, rows, says, columns.conversations or "") for says, rows in refused.items()
     ]
@@ -209,14 +214,9 @@ def token_findings(sheet: Sheet) -> tuple[Lengths | None, tuple[Finding, ...]]:
     return lengths, tuple(findings)
 
 
-def _tokens(
-    sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> tuple[list[tuple[int, ...]], Mapping[str, Sequence[int]]]:
-    """Of each record: tokens of its text, or of its prompt and of its text, as training counts them; and
-    the numbers of rows whose conversation the chat template refuses, by why."""
+def _tokens(sheet: Sheet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Of each record: tokens of its text, or of its prompt and of its text, as training counts them."""
     kind, columns = sheet.subject.kind, sheet.subject.columns
-    if columns.turns:
-        return _turn_tokens(sheet, tokenizer, longest)
     pair = columns.prompt is not None and kind is not TaskKind.SEQ2SEQ
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     parts = [_counts(texts, tokenizer) for texts in zip(*sheet.records, strict=True)]
@@ -228,36 +228,41 @@ def _tokens(
         parts = [[count + special for count in part] for part in parts]
     else:
         parts[0] = [count + special for count in parts[0]]
-    return list(zip(*parts, strict=True)), {}
+    return list(zip(*parts, strict=True))
 
 
 def _turn_tokens(
     sheet: Sheet, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[tuple[int, ...]], Mapping[str, Sequence[int]]]:
-    """As `_tokens`, of conversations: up to the first answer, and from there."""
+    """As `_tokens`, of conversations: up to the first answer, and from there; and the numbers of rows that
+    cannot be trained on, by why.
+
+    Raises:
+        ModelError: the chat template cannot be used at all.
+    """
+    form = answer_form(tokenizer)
     counts: list[tuple[int, ...]] = []
     refused: dict[str, list[int]] = defaultdict(list)
-    last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer)
-    end = end_id(tokenizer)
+    last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer, plain=True)
     for number, (prompt, text), written in zip(sheet.numbers, sheet.records, last, strict=True):
         ids: list[int] = []
         places = [0]
         try:
             if prompt:
-                ids, places = dialogue_ids(tokenizer, prompt, text, end, TRAINING_DAY, longest)
+                ids, places = dialogue_ids(tokenizer, prompt, text, form, TRAINING_DAY, longest)
         except ModelError as error:
             refused[f"that cannot be trained on: {error}"].append(number)
-        except Exception:  # a template may raise anything
-            refused["whose conversation the model's chat template does not take"].append(number)
         counts.append((places[0], len(ids) - places[0] + written + 1))
     return counts, refused
 
 
-def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, plain: bool = False) -> list[int]:
+    """Tokens of each text. `plain`: control tokens in it are read as text."""
     counts: list[int] = []
     for begin in range(0, len(texts), _BATCH):
         batch = list(texts[begin : begin + _BATCH])
-        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        made = tokenizer(batch, add_special_tokens=False, split_special_tokens=plain, verbose=False)
+        ids = made["input_ids"]
         counts += [len(one) for one in ids]
     return counts
 
