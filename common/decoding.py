@@ -60,7 +60,7 @@ def _questions(
             case _:
                 continue
         questions.append(question.tolist())
-        wanted.append(str(model.tokenizer.decode(answer.tolist(), skip_special_tokens=True)))
+        wanted.append(_text(model, answer.tolist()))
     return questions, wanted
 
 
@@ -86,4 +86,10 @@ def greedy(model: AdaptedModel, questions: Sequence[Sequence[int]], longest: int
         pad_token_id=model.pad_id,
     )
     answers = written if reads_all else written[:, width:]
-    return [str(text) for text in model.tokenizer.batch_decode(answers.tolist(), skip_special_tokens=True)]
+    return [_text(model, row) for row in answers.tolist()]
+
+
+def _text(model: AdaptedModel, answer: Sequence[int]) -> str:
+    """Without its end, which may be no special token."""
+    ids = [token for token in answer if token not in model.ends]
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))

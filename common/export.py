@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -230,5 +231,9 @@ def _reading(model: AdaptedModel, config: RunConfig) -> str:
 inside = [i for i, part in enumerate(batch.sequence_ids(0)) if part == 1]  # the text, not the question
 first, last = (inside[int(s[0, inside].argmax())] for s in (out.start_logits, out.end_logits))
 print(tokenizer.decode(batch["input_ids"][0, first : last + 1]))"""
-        case TaskKind.CAUSAL_LM | TaskKind.SEQ2SEQ:
+        case TaskKind.CAUSAL_LM:
+            base: Any = model.base
+            options = f"max_new_tokens=64, eos_token_id={base.generation_config.eos_token_id}"
+            return f"print(tokenizer.decode(model.generate(**batch, {options})[0]))"
+        case TaskKind.SEQ2SEQ:
             return "print(tokenizer.decode(model.generate(**batch, max_new_tokens=64)[0]))"

@@ -6,6 +6,7 @@ Weights stay 32-bit, so that nothing is lost; `llama-quantize` makes the file sm
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def write_gguf(
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if tokenizer_of is not None:
-        _copy_tokenizer(writer, tokenizer_of)
+        _copy_tokenizer(writer, tokenizer_of, end_id(tokenizer))
     else:
         _write_tokenizer(writer, tokenizer, config.vocab_size)
     for tensor_name, tensor in _tensors(model, config):
@@ -101,12 +102,16 @@ def _interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _copy_tokenizer(writer: Any, source: Path) -> None:
-    for field in gguf.GGUFReader(str(source)).fields.values():
+def _copy_tokenizer(writer: Any, source: Path, end: int | None) -> None:
+    """As it is in `source`; there is `end` where that does not say what ends an answer."""
+    fields = gguf.GGUFReader(str(source)).fields
+    for field in fields.values():
         if field.name.startswith("tokenizer."):
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    if end is not None and gguf.Keys.Tokenizer.EOT_ID not in fields:
+        writer.add_eot_token_id(end)
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -140,8 +145,8 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary
             add(token)
     first = tokenizer("a")["input_ids"][0]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    with contextlib.suppress(ValueError):  # none, or several and none by default
+        writer.add_chat_template(tokenizer.get_chat_template())
 
 
 def _split_name(parts: dict[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -110,6 +111,13 @@ class AdaptedModel:
         """The model of transformers that the adapter is in."""
         base: nn.Module = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
         return base
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which what the model writes stops."""
+        base: Any = self.base
+        ends = base.generation_config.eos_token_id
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     @property
     def head(self) -> nn.Linear | None:
@@ -271,10 +279,20 @@ def load_model(config: RunConfig, task: Task) -> AdaptedModel:
 
 def end_answers(base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let what the model writes stop where training's answers end, beside the ends that it knows."""
-    own = base.generation_config.eos_token_id
+    settings = base.generation_config
+    own = settings.eos_token_id
     ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_id(tokenizer)]
-    base.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
-    base.generation_config._from_model_config = False  # else transformers reads its own from the model again
+    settings.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # such as a temperature without sampling: models are published so, and cannot be saved
+        settings = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=settings.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        base.generation_config = settings
+    settings._from_model_config = False  # else transformers reads its own from the model again
 
 
 @contextmanager

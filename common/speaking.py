@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 import torch
@@ -40,10 +40,16 @@ class Said:
 class _Teller(TextStreamer):  # type: ignore[misc]
     """Tells finished words as they come, and remembers them."""
 
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, ends: frozenset[int], tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends = ends
         self._tell = tell
         self.said = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """An end may be no special token, and is no word."""
+        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self._ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.said += text
@@ -76,7 +82,7 @@ def speak(
     else:
         options |= {"do_sample": False}
     given = torch.tensor([list(ids)], device=model.device)
-    teller = _Teller(model.tokenizer, tell)
+    teller = _Teller(model.tokenizer, model.ends, tell)
     peft: Any = model.peft
     written = peft.generate(
         input_ids=given,
@@ -85,9 +91,23 @@ def speak(
         stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
         **options,
     )[0, len(ids) :].tolist()
+    return Said(teller.said, len(written), bool(written) and written[-1] in model.ends)
+
+
+def room_after(model: AdaptedModel, ids: Sequence[int]) -> int | None:
+    """How many tokens the model can write after `ids`; None: it knows no limit.
+
+    Raises:
+        ModelError: none.
+    """
     base: Any = model.base
-    ends = base.generation_config.eos_token_id or ()  # a list, of every causal model that we load
-    return Said(teller.said, len(written), bool(written) and written[-1] in ends)
+    most = getattr(base.config, "max_position_embeddings", None)
+    if most is not None and len(ids) >= most:
+        raise ModelError(
+            f"the prompt has {len(ids)} tokens, the model reads at most {most} with its answer: ask less, or "
+            "begin a new conversation"
+        )
+    return None if most is None else int(most) - len(ids)
 
 
 def question_ids(predictor: Predictor, question: str) -> list[int]:
@@ -131,13 +151,20 @@ class Speaker:
         return cls(predictor, Draw(longest, temperature, top_p), chat)
 
     def answer(self, question: str, out: TextIO) -> str:
-        """Write the answer to `out` as it comes; all of it."""
+        """Write the answer to `out` as it comes; all of it.
+
+        Raises:
+            ModelError: the model cannot read the question, or the conversation so far.
+        """
 
         def tell(text: str) -> None:
             out.write(text)
             out.flush()
 
-        said = speak(self.predictor.model, self._ids(question), self.draw, tell)
+        model, ids = self.predictor.model, self._ids(question)
+        room = room_after(model, ids)
+        longest = self.draw.longest if room is None else min(room, self.draw.longest)
+        said = speak(model, ids, replace(self.draw, longest=longest), tell)
         tell("\n")
         if self.chat:
             self.turns.append({"role": "assistant", "content": said.text.strip()})

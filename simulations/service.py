@@ -153,7 +153,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     path = ".".join(str(part) for part in first["loc"][1:] if part not in ("one", "several"))
     if first["type"] == "json_invalid":
         return answer_with(bad_request("the body is no JSON"))
-    return answer_with(bad_request(f"{path or 'the body'}: {first['msg']}", param=path or None))
+    says = first["msg"].removeprefix("Value error, ")
+    return answer_with(bad_request(f"{path or 'the body'}: {says}", param=path or None))
 
 
 async def _no_route(_: Request, error: Exception) -> Response:

@@ -9,14 +9,24 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.errors import ModelError
 from common.prediction import Predictor
-from common.speaking import Draw, Said, question_ids, speak
+from common.speaking import Draw, Said, question_ids, room_after, speak
 from common.turns import chat_ids
-from simulations.service_line import Line, ServiceError, Words, bad_request, shutting_down
+from simulations.service_line import (
+    ONE,
+    ONE_OR_SEVERAL,
+    SEVERAL,
+    Line,
+    ServiceError,
+    Words,
+    bad_request,
+    shutting_down,
+)
 
 
 class _Request(BaseModel):
@@ -30,7 +40,7 @@ class TextPart(_Request):
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | list[TextPart]
+    content: Annotated[Annotated[Words, ONE] | Annotated[list[TextPart], SEVERAL], ONE_OR_SEVERAL]
 
     @property
     def turn(self) -> dict[str, str]:
@@ -53,7 +63,12 @@ class ChatRequest(_Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Words | list[Words] | None = Field(None, max_length=256)
+    stop: (
+        Annotated[
+            Annotated[Words, ONE] | Annotated[list[Words], Field(max_length=256), SEVERAL], ONE_OR_SEVERAL
+        ]
+        | None
+    ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=1)
@@ -163,6 +178,11 @@ class Chat:
                 f"{len(asked.messages)}",
                 param="messages",
             )
+        if asked.messages[-1].role != "user":
+            raise bad_request(
+                f"the last message is the user's, to be answered: found one of {asked.messages[-1].role}",
+                param="messages",
+            )
         events: asyncio.Queue[_Event] = asyncio.Queue()
         stop, loop = threading.Event(), asyncio.get_running_loop()
 
@@ -195,16 +215,11 @@ class Chat:
         """In the model's thread."""
         ids = self._prompt(asked)
         longest = min(asked.max_completion_tokens or asked.max_tokens or self.longest, self.longest)
-        base: Any = self.predictor.model.base
-        room = getattr(base.config, "max_position_embeddings", None)
-        if room is not None:
-            if len(ids) >= room:
-                raise bad_request(
-                    f"the prompt has {len(ids)} tokens, the model reads at most {room} with its answer",
-                    code="context_length_exceeded",
-                    param="messages",
-                )
-            longest = min(longest, room - len(ids))
+        try:
+            room = room_after(self.predictor.model, ids)
+        except ModelError as error:
+            raise bad_request(str(error), code="context_length_exceeded", param="messages") from None
+        longest = longest if room is None else min(longest, room)
         put(_Begun(len(ids)))
         cut = _Cut(asked.stops, put)
         draw = Draw(longest, asked.temperature or 0.0, asked.top_p or 1.0, asked.seed)
@@ -227,12 +242,8 @@ class Chat:
             return question_ids(self.predictor, turns[0]["content"])
         try:
             return chat_ids(self.predictor.model.tokenizer, turns)
-        except Exception as error:  # a template may raise anything; what it says is about the conversation
-            raise bad_request(
-                f"the model's chat template does not take this conversation ({type(error).__name__}): check "
-                "the order of the roles",
-                param="messages",
-            ) from None
+        except ModelError as error:
+            raise bad_request(str(error), param="messages") from None
 
 
 def usage(answer: Answer, said: Said) -> dict[str, int]:

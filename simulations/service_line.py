@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Discriminator, Tag
 
 T = TypeVar("T")
 
@@ -39,6 +39,8 @@ def _whole(text: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_whole)]  # text of a caller's that a tokenizer can read
+ONE, SEVERAL = Tag("one"), Tag("several")
+ONE_OR_SEVERAL = Discriminator(lambda given: "several" if isinstance(given, list) else "one")
 
 
 class Line:

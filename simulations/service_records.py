@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
 from common.config import TaskKind
 from common.errors import ConfideError
 from common.images import image_text
 from common.prediction import Predictor
 from common.tables import Table
-from simulations.service_line import Line, Words, bad_request, shutting_down
+from simulations.service_line import ONE, ONE_OR_SEVERAL, SEVERAL, Line, Words, bad_request, shutting_down
 
 MOST = 256  # records in one request
 _MOST_PIXELS = 50_000_000
@@ -35,9 +35,8 @@ class Record(BaseModel):
 
 
 Records = Annotated[
-    Annotated[Record, Tag("one")]
-    | Annotated[list[Record], Field(min_length=1, max_length=MOST), Tag("several")],
-    Discriminator(lambda body: "several" if isinstance(body, list) else "one"),
+    Annotated[Record, ONE] | Annotated[list[Record], Field(min_length=1, max_length=MOST), SEVERAL],
+    ONE_OR_SEVERAL,
 ]
 
 

@@ -66,7 +66,9 @@ def ask(
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Draw among the likeliest tokens of this much.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the draws.", show_default=False)
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Keep the conversation, in the form of the model's chat template."),

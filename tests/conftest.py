@@ -195,7 +195,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(str(folder))
     config = LlamaConfig(
-        vocab_size=len(fast) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        vocab_size=len(fast) + 5, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=4096, initializer_range=0.2,
         bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip

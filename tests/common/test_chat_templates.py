@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from common.decoding import greedy
+from common.decoding import _questions, greedy
 from common.errors import DataError, ModelError
 from common.examples import collate
 from common.export import PrivacyClaim, export_adapter
@@ -170,19 +171,25 @@ def test_a_control_token_in_a_turn_is_text(world: Worlds, said: str) -> None:
     assert own_parts(encoded, tokenizer) == [f"{said}<|end|>"] * 2
 
 
+@pytest.mark.parametrize(
+    "name, own", [("the end of a turn", "<|end|>"), ("a token that is not special", "<|plain|>")]
+)
 def test_a_model_with_an_end_of_its_own_learns_when_to_stop(
-    bpe_folder: Path, dialogue_file: Path, tmp_path: Path
+    bpe_folder: Path, dialogue_file: Path, tmp_path: Path, name: str, own: str
 ) -> None:
     """It knows of the tokenizer's end only; what it writes, and what others write with what it became, ends
     where training's answers ended."""
     import gguf
 
     base = shutil.copytree(bpe_folder, tmp_path / "base")
-    own_ended(AutoTokenizer.from_pretrained(base), OWN_ENDS["the end of a turn"][0]).save_pretrained(base)
+    own_ended(AutoTokenizer.from_pretrained(base), OWN_ENDS[name][0]).save_pretrained(base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    # As Vicuna and Llama 2 are published; what transformers wrote of it once changed was an error.
+    (base / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.6, "top_p": 0.9}))
     sections = {**KINDS["bpe-dialogues-causal"][1], "adapter": {"method": "lora"}}
     config = tiny_config(base, dialogue_file, **sections)
     model = tiny_model(config)
-    end = model.tokenizer.convert_tokens_to_ids("<|end|>")
+    end = model.tokenizer.convert_tokens_to_ids(own)
     assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == 1
     examples = model.task.encode(table_of(turns_of("w1 w2", "w3", "w4", "w5 w6")), model.tokenizer, 64)
     batch = collate(examples, [0], model.pad_id, model.device)
@@ -196,14 +203,20 @@ def test_a_model_with_an_end_of_its_own_learns_when_to_stop(
     said = speak(model, ids, Draw(12), lambda text: None)
     assert (said.text, said.ended) == ("w3", True)
     assert greedy(model, [ids], 12) == ["w3"]
+    first = model.task.encode(table_of(turns_of("w1 w2", "w3")), model.tokenizer, 64)
+    assert _questions(model, first, np.arange(1))[1] == ["w3"]
 
     claim = PrivacyClaim(2.9, 2.5, 1e-5, secure_aggregation=False, read_from_data=(), repeatable_noise=False)
     export_adapter(model, moved(model), config, claim, tmp_path / "adapter")
     release(tmp_path / "adapter", tmp_path / "merged", Form.MERGED)
     for folder in ("adapter", "merged"):
+        card = (tmp_path / folder / "README.md").read_text("utf-8")
+        assert f"model.generate(**batch, max_new_tokens=64, eos_token_id=[1, {end}])" in card
         used: Any = open_adapter(tmp_path / folder, "cpu").model.base
         assert used.generation_config.eos_token_id == [1, end]
-    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [1, end]
+    written = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert written.eos_token_id == [1, end]
+    written.validate(strict=True)
     release(tmp_path / "adapter", tmp_path / "gguf", Form.GGUF)
     fields = gguf.GGUFReader(str(tmp_path / "gguf" / "model.gguf")).fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.errors import ConfigError, DataError, ModelError
 from common.evaluation import evaluate
 from common.export import PrivacyClaim, export_adapter
 from common.prediction import open_adapter
+from common.speaking import Speaker
 from common.tasks import collate
 from tests.conftest import KINDS, LABELS, World, moved
 from tests.e2e.command import invoke
@@ -143,9 +145,31 @@ def test_ask_writes_what_predict_says(world: Worlds, tmp_path: Path) -> None:
         invoke("ask", exported(world("bert-mean"), tmp_path / "other"), "w1")
 
 
-def test_a_chat_keeps_its_turns(world: Worlds, tmp_path: Path) -> None:
-    from common.speaking import Speaker
+@pytest.mark.parametrize("kind", ["gpt2-causal", "llama-causal"])
+def test_an_answer_stays_within_what_the_model_reads(world: Worlds, kind: str, tmp_path: Path) -> None:
+    """Learnt positions end in an error of an index, turned ones in nonsense."""
+    folder = exported(world(kind), tmp_path / "adapter")
+    assert len(invoke("ask", folder, "w1", "--max-tokens", "1000").split()) <= 64
+    assert invoke("ask", folder, "w1 " * 500, "--max-tokens", "1000")  # a prompt is cut, as in training
+    result = CliRunner().invoke(confide.app, ["ask", str(folder), "w1", "--seed", str(2**64)])
+    assert result.exit_code == 2 and "--seed" in result.output
 
+
+def test_a_conversation_that_cannot_be_answered_is_said(world: Worlds, tmp_path: Path) -> None:
+    predictor = open_adapter(exported(world("gpt2-causal"), tmp_path / "adapter"), "cpu")
+    once = "{{ raise_exception('SECRET') if messages | length > 1 }}{{ messages[0].content }} is"
+    predictor.model.tokenizer.chat_template = once
+    speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
+    speaker.answer("w1", io.StringIO())
+    with pytest.raises(ModelError, match=r"does not take this conversation .*several questions") as caught:
+        speaker.answer("w2", io.StringIO())
+    assert "SECRET" not in str(caught.value)
+    speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
+    with pytest.raises(ModelError, match=r"has 71 tokens, the model reads at most 64 .* new conversation"):
+        speaker.answer("w1 " * 70, io.StringIO())
+
+
+def test_a_chat_keeps_its_turns(world: Worlds, tmp_path: Path) -> None:
     predictor = open_adapter(exported(world("llama-causal"), tmp_path / "adapter"), "cpu")
     predictor.model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}is"
     speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
