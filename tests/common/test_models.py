@@ -246,6 +246,16 @@ def test_a_folder_that_holds_no_model(data_file: Path, tmp_path: Path) -> None:
         tiny_model(tiny_config(tmp_path, data_file))
 
 
+def test_a_model_that_is_loaded_otherwise(t5_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """The first showed the names of two hundred architectures, the second did not say what to set."""
+    causal = {"task": {"kind": "causal-lm", "labels": ()}, "data": {"label": None}}
+    with pytest.raises(ModelError, match=r"family T5, which cannot do this task .*another task\.kind"):
+        tiny_model(tiny_config(t5_folder, data_file, **causal))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"For m\.gguf, which is there, set model\.gguf_file"):
+        tiny_model(tiny_config(tmp_path, data_file))
+
+
 def test_weights_cut_short(bert_folder: Path, data_file: Path, tmp_path: Path) -> None:
     folder = copied(bert_folder, tmp_path / "short")
     weights = folder / "model.safetensors"

@@ -139,9 +139,12 @@ def test_an_adapter_without_a_claim_is_none(world: Worlds, tmp_path: Path) -> No
         release(source, tmp_path / "out", Form.MERGED)
 
 
-def test_gguf_reads_back_as_the_adapter(bpe_folder: Path, data_file: Path, tmp_path: Path) -> None:
+def test_gguf_reads_back_as_the_adapter(
+    bpe_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import gguf
 
+    monkeypatch.setattr("common.gguf_file.end_id", lambda tokenizer: None)  # as older files are
     config = tiny_config(bpe_folder, data_file, **CAUSAL, adapter={"method": "lora"})
     model = tiny_model(config)
     done = release(adapter(model, config, tmp_path / "adapter"), tmp_path / "out", Form.GGUF)
@@ -157,7 +160,9 @@ def test_gguf_reads_back_as_the_adapter(bpe_folder: Path, data_file: Path, tmp_p
     again = tiny_config(
         tmp_path / "out", data_file, **CAUSAL, model={"gguf_file": "model.gguf"}, adapter={"method": "lora"}
     )
+    monkeypatch.undo()
     second = tiny_model(again)
+    assert second.tokenizer.eos_token == "</s>" and second.tokenizer.chat_template
     release(adapter(second, again, tmp_path / "adapter2"), tmp_path / "out2", Form.GGUF)
     release(tmp_path / "adapter2", tmp_path / "merged2", Form.MERGED)
     open_as_an_outsider(tmp_path / "merged2")
@@ -166,6 +171,37 @@ def test_gguf_reads_back_as_the_adapter(bpe_folder: Path, data_file: Path, tmp_p
     for name in fields:
         if name.startswith("tokenizer."):
             assert copied[name].contents() == fields[name].contents(), name
+    assert set(copied) - set(fields) == {"tokenizer.ggml.eot_token_id"}
+    assert copied["tokenizer.ggml.eot_token_id"].contents() == second.tokenizer.eos_token_id
+
+
+def test_gguf_with_another_tokenizer_is_not_written(
+    bpe_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer that lies beside the file was read for the one in it."""
+    import gguf
+
+    whole = gguf.GGUFWriter.add_token_merges
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_merges", lambda self, merges: whole(self, merges[:1]))
+    config = tiny_config(bpe_folder, data_file, **CAUSAL, adapter={"method": "lora"})
+    with pytest.raises(ModelError, match=r"the tokenizer in the GGUF file reads .* Nothing was written"):
+        release(adapter(tiny_model(config), config, tmp_path / "adapter"), tmp_path / "out", Form.GGUF)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_keeps_the_template_of_several_that_is_the_default(
+    bpe_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """It was left out, so that llama.cpp took another; the end of answers was the default one's."""
+    import gguf
+
+    config = tiny_config(bpe_folder, data_file, **CAUSAL, adapter={"method": "lora"})
+    model = tiny_model(config)
+    default = model.tokenizer.chat_template
+    model.tokenizer.chat_template = {"default": default, "tools": "{{ messages }}"}
+    release(adapter(model, config, tmp_path / "adapter"), tmp_path / "out", Form.GGUF)
+    fields = gguf.GGUFReader(str(tmp_path / "out" / "model.gguf")).fields
+    assert fields["tokenizer.chat_template"].contents() == default
 
 
 def test_gguf_says_for_what_it_is(world: Worlds, tmp_path: Path) -> None:
