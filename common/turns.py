@@ -124,8 +124,12 @@ def user_turn(text: str) -> str:
 
 
 def content_of(content: object, cell: Cell) -> str:
-    """What is said in a turn, as it is trained on."""
-    return _tidied(value_of(content, cell))
+    """What is said in a turn, as it is trained on: text, or OpenAI's list of parts that are text."""
+    match content:
+        case [*parts] if parts and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+            return _tidied("".join(value_of(part.get("text"), cell) for part in parts))
+        case _:
+            return _tidied(value_of(content, cell))
 
 
 def _tidied(content: str) -> str:

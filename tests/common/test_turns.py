@@ -76,6 +76,8 @@ def test_a_conversation_is_the_same_from_every_kind_of_file(tmp_path: Path) -> N
         [{"role": "user", "content": " "}],
         [{"role": "user", "content": None}],
         [{"role": "user", "content": ["SECRET"]}],
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": [{"type": "image_url", "text": "SECRET"}]}],
         ["SECRET"],
         [USER, "SECRET"],
     ],
@@ -159,11 +161,12 @@ def test_equal_conversations_are_one_string(tmp_path: Path) -> None:
         [{"role": "user", "content": " cafe\u0301 "}],
         [{"content": "caf\u00e9", "role": "user", "name": None}],
         json.dumps([{"role": "user", "content": "caf\u00e9"}]),
+        [{"role": "user", "content": [{"type": "text", "text": "ca"}, {"type": "text", "text": "f\u00e9"}]}],
     ]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": prompt, "answer": "w1"}) + "\n" for prompt in same))
     table, report = clean(read_table(path, CHAT), max_characters=100)
-    assert (report.kept, report.duplicate) == (1, 3)
+    assert (report.kept, report.duplicate) == (1, 4)
     assert table.prompt == ("caf\u00e9",)
 
 
