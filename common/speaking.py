@@ -9,12 +9,13 @@ from typing import Any, TextIO
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from common.chat_template import chat_ids
 from common.config import TaskKind
 from common.errors import ModelError
 from common.models import AdaptedModel
 from common.prediction import Predictor
 from common.tables import Table
-from common.turns import Turn, chat_ids, user_turn
+from common.turns import Turn, user_turn
 
 
 @dataclass(frozen=True)

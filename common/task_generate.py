@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from common.chat_template import TRAINING_DAY, answer_form, dialogue_ids
 from common.config import TaskKind
 from common.errors import DataError, ModelError
 from common.examples import NO_TARGET, Batch, Examples, Ragged, pack
 from common.tables import Table
 from common.task_classify import MADE_UP_LENGTHS, made_up_text
 from common.task_tokens import own_mean
-from common.turns import TRAINING_DAY, AnswerForm, answer_form, answers, dialogue_ids
 
 _MOST = 700.0  # a mean loss whose exponential is still a number
 
@@ -41,44 +41,20 @@ class CausalLM:
     chat: bool = False
 
     def encode(self, table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        form = answer_form(tokenizer) if self.chat else AnswerForm(tokenizer.eos_token_id, None)
-        if form.end is None:
-            raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
-        end = int(form.end)
-        last = [answers(text)[-1]["content"] for text in table.text] if self.chat else list(table.text)
-        # In a conversation only the template writes control tokens.
-        texts = tokenizer(last, add_special_tokens=False, split_special_tokens=self.chat)["input_ids"]
-        read = self._read(table, tokenizer, form, max_length)
-        # A template writes its own beginning.
-        bare = self.chat or tokenizer.bos_token_id is None
-        start = [] if bare else [int(tokenizer.bos_token_id)]
+        if self.chat:
+            start: list[int] = []  # a template writes its own beginning
+            read = _conversations(table, tokenizer, max_length)
+        else:
+            bos = tokenizer.bos_token_id
+            start, read = [] if bos is None else [int(bos)], _texts(table, tokenizer)
         ids, own = [], []
-        for (before, places), text in zip(read, texts, strict=True):
+        for tokens, places in read:
             # A long prompt keeps its end, and at least half of the length is left to what follows.
             cut = max(0, places[0] - (max_length // 2 - len(start)))
-            ids.append((start + before[cut:] + text + [end])[:max_length])
+            ids.append((start + tokens[cut:])[:max_length])
             first, *more = (place - cut + len(start) for place in places)
             own.append([max(first, 1), *more])
         return pack(ids, Ragged.of(own, np.int64))
-
-    def _read(
-        self, table: Table, tokenizer: PreTrainedTokenizerBase, form: AnswerForm, max_length: int
-    ) -> list[tuple[list[int], Sequence[int]]]:
-        """Of each record the tokens up to its last answer, and the places in them, as of `target`."""
-        if table.prompt is None and self.chat:
-            raise DataError(f"{table.source}: expected conversations (task.chat), found texts")
-        if table.prompt is None:
-            return [([], (0,)) for _ in table.text]
-        if not self.chat:
-            prompts = tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"]
-            return [(prompt, (len(prompt),)) for prompt in prompts]
-        found: list[tuple[list[int], Sequence[int]]] = []
-        for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
-            try:
-                found.append(dialogue_ids(tokenizer, prompt, text, form, TRAINING_DAY, max_length))
-            except ModelError as error:
-                raise DataError(f"{table.source}, row {row}: {error}") from None
-        return found
 
     def made_up(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> Examples:
         own = [[1]] * (len(MADE_UP_LENGTHS) - 1)
@@ -118,6 +94,40 @@ class CausalLM:
 
     def scores(self, sums: NDArray[np.float64], count: int) -> dict[str, float]:
         return written_scores(sums, count)
+
+
+_Read = Sequence[tuple[list[int], list[int]]]  # of each record the tokens; the places in them, as of `target`
+
+
+def _texts(table: Table, tokenizer: PreTrainedTokenizerBase) -> _Read:
+    """Prompt and text as they stand, and the end token."""
+    end = _end(tokenizer.eos_token_id)
+    texts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
+    if table.prompt is None:
+        return [([*text, end], [0]) for text in texts]
+    prompts = tokenizer(list(table.prompt), add_special_tokens=False)["input_ids"]
+    return [([*prompt, *text, end], [len(prompt)]) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _conversations(table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Read:
+    """As the chat template writes them."""
+    form = answer_form(tokenizer)
+    _end(form.end)
+    if table.prompt is None:
+        raise DataError(f"{table.source}: expected conversations (task.chat), found texts")
+    found = []
+    for row, prompt, text in zip(table.rows, table.prompt, table.text, strict=True):
+        try:
+            found.append(dialogue_ids(tokenizer, prompt, text, form, TRAINING_DAY, max_length))
+        except ModelError as error:
+            raise DataError(f"{table.source}, row {row}: {error}") from None
+    return found
+
+
+def _end(token: int | None) -> int:
+    if token is None:
+        raise DataError("the tokenizer has no end-of-sequence token, which causal-lm needs")
+    return int(token)
 
 
 @dataclass(frozen=True)

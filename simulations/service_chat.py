@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.chat_template import chat_ids
 from common.errors import ModelError
 from common.prediction import Predictor
 from common.speaking import Draw, Said, question_ids, room_after, speak
-from common.turns import chat_ids
 from simulations.service_line import (
     ONE,
     ONE_OR_SEVERAL,

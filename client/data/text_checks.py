@@ -12,9 +12,9 @@ from client.data.findings import Code, Finding
 from client.data.near import near_duplicates
 from client.data.personal import Personal, hits, veiled
 from client.data.sheet import Sheet
+from common.chat_template import TRAINING_DAY, answer_form, dialogue_ids
 from common.errors import ModelError
 from common.kinds import TaskKind
-from common.turns import TRAINING_DAY, answer_form, answers, dialogue_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,8 +243,7 @@ def _turn_tokens(
     form = answer_form(tokenizer)
     counts: list[tuple[int, ...]] = []
     refused: dict[str, list[int]] = defaultdict(list)
-    last = _counts([answers(text)[-1]["content"] for _, text in sheet.records], tokenizer, plain=True)
-    for number, (prompt, text), written in zip(sheet.numbers, sheet.records, last, strict=True):
+    for number, (prompt, text) in zip(sheet.numbers, sheet.records, strict=True):
         ids: list[int] = []
         places = [0]
         try:
@@ -252,17 +251,15 @@ def _turn_tokens(
                 ids, places = dialogue_ids(tokenizer, prompt, text, form, TRAINING_DAY, longest)
         except ModelError as error:
             refused[f"that cannot be trained on: {error}"].append(number)
-        counts.append((places[0], len(ids) - places[0] + written + 1))
+        counts.append((places[0], len(ids) - places[0]))
     return counts, refused
 
 
-def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, plain: bool = False) -> list[int]:
-    """Tokens of each text. `plain`: control tokens in it are read as text."""
+def _counts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     counts: list[int] = []
     for begin in range(0, len(texts), _BATCH):
         batch = list(texts[begin : begin + _BATCH])
-        made = tokenizer(batch, add_special_tokens=False, split_special_tokens=plain, verbose=False)
-        ids = made["input_ids"]
+        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         counts += [len(one) for one in ids]
     return counts
 

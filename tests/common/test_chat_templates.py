@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from common.chat_template import TRAINING_DAY, answer_form, chat_ids, end_id
 from common.decoding import _questions, greedy
 from common.errors import DataError, ModelError
 from common.examples import collate
@@ -23,7 +24,6 @@ from common.prediction import open_adapter
 from common.release import release
 from common.speaking import Draw, speak
 from common.task_generate import CausalLM
-from common.turns import TRAINING_DAY, AnswerForm, answer_form, chat_ids, end_id
 from tests.common.test_dialogues import TURNS, own_parts, table_of, turns_of
 from tests.conftest import KINDS, World, moved, tiny_config, tiny_model
 
@@ -119,7 +119,7 @@ def own_ended(tokenizer: Any, template: str, **roles: str) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.add_special_tokens(roles)
-    tokenizer.add_tokens(["<|plain|>", "\n\n"])  # not special
+    tokenizer.add_tokens(["<|plain|>", *(["\n\n"] if "\n\n" in template else [])])  # not special
     tokenizer.chat_template = template
     return tokenizer
 
@@ -133,14 +133,22 @@ def test_an_answer_ends_with_the_model_s_own_token(world: Worlds, name: str) -> 
     assert end_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
     encode = CausalLM(chat=True).encode
     lone = encode(table_of(TURNS[1:3]), tokenizer, 400)
-    assert own_parts(lone, tokenizer)[-1] == f"w3{end}"
+    assert own_parts(lone, tokenizer)[-1].replace(" ", "") == f"w3{written or end}"
     if written is None:
         with pytest.raises(DataError, match=r"writes no special token .* Make records of one answer each"):
             encode(table_of(TURNS[1:]), tokenizer, 400)
     else:
         own = own_parts(encode(table_of(TURNS[1:]), tokenizer, 400), tokenizer)
-        wanted = [f"w3{written}", f"w5 w6{written}", f"good{end}"]
-        assert [part.replace(" ", "") for part in own] == [part.replace(" ", "") for part in wanted]
+        said = [part.replace(" ", "") for part in own]
+        assert said == [f"w3{written}", f"w5w6{written}", f"good{written}"]
+
+
+def test_the_last_answer_is_written_as_the_others_are(world: Worlds) -> None:
+    """It stood without the blanks that Llama 2's template puts around answers."""
+    template, _ = OWN_ENDS["the end of text, and a beginning"]
+    tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, template)
+    for turns, own in ((TURNS[1:3], [" w3 </s>"]), (TURNS[1:], [" w3 </s>", " w5 w6 </s>", " good </s>"])):
+        assert own_parts(CausalLM(chat=True).encode(table_of(turns), tokenizer, 400), tokenizer) == own
 
 
 @pytest.mark.parametrize("begins", ["bos_token", "unk_token"])
@@ -151,7 +159,8 @@ def test_an_end_that_is_the_beginning_too_is_the_end(world: Worlds, begins: str)
         "{% if add_generation_prompt %}<|assistant|>assistant<|assistant|>{% endif %}"
     )
     tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, template, **{begins: "</s>"})
-    assert answer_form(tokenizer) == AnswerForm(tokenizer.eos_token_id, None)
+    form = answer_form(tokenizer)
+    assert (form.end, form.fault) == (tokenizer.eos_token_id, None)
     own = own_parts(CausalLM(chat=True).encode(table_of(TURNS), tokenizer, 400), tokenizer)
     assert own == ["w3</s>", "w5 w6</s>", "good</s>"]
 
@@ -229,7 +238,7 @@ def test_a_template_that_writes_the_past_anew_is_refused(
     """Else loss would lie on tokens that are no answer."""
     monkeypatch.setattr(tokenizer, "chat_template", REFUSED[name])
     encode = CausalLM(chat=True).encode
-    assert len(encode(table_of(turns_of("w1", "w2")), tokenizer, 64)) == 1
+    assert own_parts(encode(table_of(turns_of("w1", "w2")), tokenizer, 64), tokenizer) == ["w2</s>"]
     with pytest.raises(DataError, match=r"d\.jsonl, row 2: .* Make records of one answer each"):
         encode(table_of(turns_of("w1", "w2"), TURNS), tokenizer, 64)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.adapter import write_vector
 from common.cells import Cell
+from common.chat_template import TRAINING_DAY, answer_form, chat_ids, dialogue_ids
 from common.datasets import read_table
 from common.decoding import _questions
 from common.errors import DataError
@@ -25,12 +26,8 @@ from common.examples import Examples, collate
 from common.tables import Columns, Table, clean
 from common.task_generate import CausalLM
 from common.turns import (
-    TRAINING_DAY,
-    answer_form,
     answers,
-    chat_ids,
     conversation,
-    dialogue_ids,
     dialogue_of,
     halves,
     prompt_of,
@@ -248,7 +245,9 @@ def test_the_end_of_a_long_dialogue_is_not_read_turn_by_turn(
     whole, places = dialogue_ids(tokenizer, *long, form, TRAINING_DAY, 10_000)
     readings = []
     with monkeypatch.context() as patched:
-        patched.setattr("common.turns.chat_ids", lambda *given: readings.append(1) or chat_ids(*given))
+        patched.setattr(
+            "common.chat_template.chat_ids", lambda *given: readings.append(1) or chat_ids(*given)
+        )
         ids, cut = dialogue_ids(tokenizer, *long, form, TRAINING_DAY, length)
     assert ids == whole and cut == places[: len(cut)] and cut[-1] >= cut[0] + length
     assert len(readings) < length

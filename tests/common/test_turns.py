@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from common.cells import Cell
+from common.chat_template import chat_ids
 from common.config import parse_config
 from common.datasets import read_table
 from common.errors import ConfigError, DataError, ModelError
@@ -21,7 +22,7 @@ from common.prediction import open_adapter
 from common.speaking import Speaker, question_ids
 from common.tables import Columns, Table, clean
 from common.task_generate import CausalLM
-from common.turns import chat_ids, conversation, prompt_of
+from common.turns import conversation, prompt_of
 from tests.conftest import World, moved
 
 CELL = Cell(Path("f"), 1, "c")

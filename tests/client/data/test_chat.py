@@ -18,6 +18,7 @@ from client.data.findings import Code
 from client.data.propose import proposed
 from client.data.reading import read_raw
 from client.data.subject import Subject, subject_of
+from common.chat_template import chat_ids
 from common.config import load_config
 from common.datasets import read_table
 from common.errors import DataError
@@ -25,7 +26,6 @@ from common.models import load_tokenizer
 from common.tables import Columns
 from common.tables import clean as tidy
 from common.tasks import make_task
-from common.turns import chat_ids
 from tests.client.data.planted import write
 from tests.client.data.test_check import rows_of
 
