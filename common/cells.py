@@ -1,7 +1,7 @@
 """How the cells of a file become the strings of a table.
 
-The contents of a record are shown in a message only as far as `_SHOWN` characters, since messages end up in
-logs.
+What a record holds stands in no message, since messages end up in logs: they tell its file, row and column,
+and the kind of what was found there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from common.errors import CellError, DataError
 from common.images import image_text
 
 IMAGES = "images"  # in place of what joins lists: the text is an image
-_SHOWN = 40  # characters of a value that may stand in a message
+_SHOWN = 40  # characters of a name that may stand in a message
+_DIGITS = 18  # of a place in a text, at most
 _LISTED = 10  # names that a message lists before it says "and N more"
 
 
@@ -72,7 +73,8 @@ def text_of(
         try:
             return image_text(cells[column], cell.path.parent)
         except DataError as error:
-            raise DataError(f"{cell.path}, row {cell.row}, column {short(column)}: {error}.") from None
+            where = f"{cell.path}, row {cell.row}, column {short(column)}"
+            raise DataError(f"{where}: {error}. Correct the row, or remove it.") from None
     if template is None:
         value = cells[column]
         return (
@@ -97,10 +99,11 @@ def label_of(value: object, joint: str | None, cell: Cell) -> str:
 
 def _joined(values: list[object], joint: str, cell: Cell) -> str:
     items = [value_of(value, cell) for value in values]
+    what = "white space" if joint == " " else f"a {joint!r}"
     for item in items:
         if joint in item or not item.strip() or (joint == " " and len(item.split()) != 1):
-            what = "white space" if joint == " " else f"a {joint!r}"
-            raise cell.fault(f"a list of words without {what} in them", short(item))
+            found = f"one of {characters(item)} with it" if item.strip() else "an empty one"
+            raise cell.fault(f"a list of words without {what} in them", found)
     return joint.join(items)
 
 
@@ -126,16 +129,19 @@ def span_of(text: str, value: object, start: object, cell: Cell) -> tuple[str, i
     if start is None:
         place = text.find(answer.strip())
         if place < 0:
-            raise cell.fault("an answer that stands in the context word for word", short(answer))
+            found = f"one of {characters(answer)} that does not"
+            raise cell.fault("an answer that stands in the context word for word", found)
         return answer.strip(), place
     digits = value_of(start, cell).strip()
-    place = int(digits) if digits.isdecimal() else -1
-    if place < 0 or text[place : place + len(answer)] != answer:
+    if not digits.isdecimal() or len(digits) > _DIGITS:
+        found = f"text of {characters(digits)} that is none"
+        raise cell.fault("the place where the answer begins, a whole number from 0", found)
+    place = int(digits)
+    if text[place : place + len(answer)] != answer:
         near = text.find(answer)
         hint = f"It stands at character {near}, counted from 0." if near >= 0 else "It stands nowhere in it."
-        raise cell.fault(
-            f"the answer {short(answer)} at character {short(digits)} of the context", "other text", hint
-        )
+        expected = f"the answer, of {characters(answer)}, at character {place} of the context"
+        raise cell.fault(expected, "other text", hint)
     return answer.strip(), place + blanks
 
 
@@ -178,9 +184,14 @@ def type_name(value: object) -> str:
 # Words for messages
 
 
-def short(value: str) -> str:
-    """`value` quoted, cut to `_SHOWN` characters."""
-    return repr(value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…")
+def short(name: str) -> str:
+    """A name, as of a column, quoted and cut to `_SHOWN` characters. Not for what a cell holds."""
+    return repr(name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…")
+
+
+def characters(value: str) -> str:
+    """How long what a cell holds is: that much may be told."""
+    return f"{len(value):,} character{'' if len(value) == 1 else 's'}"
 
 
 def listed(names: Sequence[str]) -> str:

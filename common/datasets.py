@@ -2,7 +2,7 @@
 
 A record is a row of a csv, tsv, jsonl or parquet file, of a folder that `datasets` saved, or of an
 embedded sample. Everything is read into a `Table` of strings. A fault names the file, the row and the
-column; the contents of a record are shown only as far as `common.cells.short` cuts them.
+column; what a record holds is not shown.
 """
 
 from __future__ import annotations
@@ -375,10 +375,12 @@ def _require(
             continue
         near = nearest(name, found)
         hint = f"Did you mean {short(near)}?" if near else "Name a column that is there."
+        others = f"{len(found)}: {listed(found)}"
+        if delimiter is not None and not set(names) & set(found):  # they may be a record
+            others = f"{len(found)} fields in the first line, none of them a column to be read"
+            hint = hint if near else "Let the first line name the columns, or name those that are there."
         if delimiter is not None and len(found) == 1:
             other = next((mark for mark in ";\t,|" if mark != delimiter and mark in found[0]), None)
             if other is not None:
                 hint = f"The header holds {other!r}: expected {delimiter!r} between fields."
-        raise DataError(
-            f"{where}: expected a column {short(name)}, found {len(found)}: {listed(found)}. {hint}"
-        )
+        raise DataError(f"{where}: expected a column {short(name)}, found {others}. {hint}")

@@ -26,8 +26,10 @@ def image_text(value: object, folder: Path) -> str:
     match value:
         case str() if value.strip():
             path = folder / value.strip()
-            if not path.is_file():
-                raise DataError(f"no such image: {path}")
+            if not _is_file(path):
+                raise DataError(
+                    f"expected the path of an image, found {len(value):,} characters at which no file is"
+                )
             return str(path.resolve())
         case {"bytes": bytes() as content} if content:
             return _BYTES + base64.b64encode(content).decode()
@@ -48,6 +50,13 @@ def image_text(value: object, folder: Path) -> str:
             Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
             return _BYTES + base64.b64encode(buffer.getvalue()).decode()
     raise DataError("expected the path of an image, its bytes, or an array of pixels")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no path at all, such as a long text; the error's message would show it
+        return False
 
 
 def open_image(text: str) -> Image.Image:

@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from common.cells import (
     Cell,
+    characters,
     filled,
     label_of,
-    listed,
-    nearest,
     short,
     span_of,
     template_fields,
@@ -279,13 +278,17 @@ def label_ids(table: Table, labels: Sequence[str]) -> npt.NDArray[np.int64]:
     found = _labels(table)
     for row, label in zip(table.rows, found, strict=True):
         if label not in ids:
-            near = nearest(label, labels)
-            hint = f"Did you mean {short(near)}?" if near else "Correct the row, or add the label."
-            raise DataError(
-                f"{table.source}, row {row}, label column: expected one of {len(labels)} labels "
-                f"({listed(labels)}), found {short(label)}. {hint}"
-            )
+            raise unknown_label(table, row, "label", label, labels)
     return np.fromiter((ids[label] for label in found), np.int64, len(found))
+
+
+def unknown_label(table: Table, row: int, what: str, label: str, labels: Sequence[str]) -> DataError:
+    """`label` is not among `labels`. Neither is shown: those may stand in the training data alone."""
+    return DataError(
+        f"{table.source}, row {row}, label column: expected one of {len(labels)} {what}s (task.labels, or "
+        f"where it is empty those of the training data), found another, of {characters(label)}. Correct the "
+        f"row, or add the {what} to task.labels."
+    )
 
 
 def label_names(table: Table) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cells import IMAGES, listed, nearest, short
+from common.cells import IMAGES, characters
 from common.config import DataSection, TaskKind
 from common.errors import DataError
-from common.tables import Columns, Table, label_ids, label_names
+from common.tables import Columns, Table, label_ids, label_names, unknown_label
 
 SEPARATOR = "|"  # between the labels of a record, where it may have several
 OUTSIDE = "O"  # the tag of a word that belongs to no entity
@@ -85,7 +85,7 @@ def label_sets(table: Table, labels: Sequence[str]) -> NDArray[np.float32]:
     for record, (row, several) in enumerate(zip(table.rows, _labels(table), strict=True)):
         for label in _several(several):
             if label not in ids:
-                raise _unknown(table, row, "label", label, labels)
+                raise unknown_label(table, row, "label", label, labels)
             found[record, ids[label]] = 1
     return found
 
@@ -102,13 +102,16 @@ def numbers(table: Table, bounds: tuple[float, float]) -> NDArray[np.float32]:
         try:
             value = float(label)
         except ValueError:
-            raise _fault(table, row, "expected a number", short(label), "Correct the row.") from None
+            value = math.nan
+        if math.isnan(value):
+            text = f"text of {characters(label)} that is none"
+            raise _fault(table, row, "expected a number", text, "Correct the row.")
         if not low <= value <= high:
             raise _fault(
                 table,
                 row,
                 f"expected a number from {low:g} to {high:g} (task.range)",
-                short(label),
+                "a smaller one" if value < low else "a greater one",
                 "Correct the row, or widen task.range.",
             )
         found[record] = value
@@ -123,10 +126,16 @@ def tag_ids(table: Table, labels: Sequence[str]) -> list[list[int]]:
     Raises:
         DataError: `labels` are no BIO tags; a record has as many tags as words not, or an unknown tag.
     """
-    if bad := [label for label in labels if label != OUTSIDE and label[:2] not in ("B-", "I-")]:
+    if bad := {label for label in labels if label != OUTSIDE and label[:2] not in ("B-", "I-")}:
+        rows = (
+            row for row, tags in zip(table.rows, _labels(table), strict=True) if bad & set(tags.split(" "))
+        )
+        row = next(rows, None)
+        where = "" if row is None else f", row {row}"
         raise DataError(
-            f"{table.source}, label column: expected BIO tags (O, B-NAME, I-NAME), found {listed(bad)}. "
-            "Where tags are numbers in the file, name them in task.labels, in that order."
+            f"{table.source}{where}, label column: expected BIO tags (O, B-NAME, I-NAME), found "
+            f"{len(bad)} of {len(labels)} in another form. Where tags are numbers in the file, name them in "
+            "task.labels, in that order."
         )
     ids = {label: i for i, label in enumerate(labels)}
     ids |= {str(i): i for i in range(len(labels)) if str(i) not in ids}
@@ -143,7 +152,7 @@ def tag_ids(table: Table, labels: Sequence[str]) -> list[list[int]]:
             )
         for name in names:
             if name not in ids:
-                raise _unknown(table, row, "tag", name, labels)
+                raise unknown_label(table, row, "tag", name, labels)
         found.append([ids[name] for name in names])
     return found
 
@@ -160,9 +169,3 @@ def _labels(table: Table) -> tuple[str, ...]:
 
 def _fault(table: Table, row: int, expected: str, found: str, hint: str) -> DataError:
     return DataError(f"{table.source}, row {row}, label column: {expected}, found {found}. {hint}")
-
-
-def _unknown(table: Table, row: int, what: str, label: str, labels: Sequence[str]) -> DataError:
-    near = nearest(label, labels)
-    hint = f"Did you mean {short(near)}?" if near else f"Correct the row, or add the {what}."
-    return _fault(table, row, f"expected {what}s among {len(labels)} ({listed(labels)})", short(label), hint)

@@ -69,7 +69,7 @@ def test_several_labels_none_too(tmp_path: Path) -> None:
     labels = found_labels(TaskKind.MULTI_LABEL, table)
     assert labels == ("x", "y", "z")
     assert label_sets(table, labels).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]]
-    with pytest.raises(DataError, match=r"row 2, label column.*'z'"):
+    with pytest.raises(DataError, match=r"row 2, label column.*of 1 character\."):
         label_sets(table, ["x", "y"])
 
 
@@ -103,7 +103,9 @@ def test_a_column_for_the_start(tmp_path: Path) -> None:
     blank = read_table(lines(tmp_path, {**ok, "answer": " Bob", "at": 12}), columns)
     assert (blank.label, blank.start) == (("Bob",), (13,))
     assert "nowhere" in refusal(lines(tmp_path, {**ok, "answer": "Eve"}), columns)
-    assert "at character '-1'" in refusal(lines(tmp_path, {**ok, "at": -1}), columns)
+    for none in (-1, "nine", "1" * 5000):
+        said = refusal(lines(tmp_path, {**ok, "at": none}), columns)
+        assert "the place where the answer begins" in said and "nine" not in said
 
 
 @pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, [], {"start": 1}, "Eve"])
@@ -148,23 +150,65 @@ def test_tags_are_checked() -> None:
     assert tag_ids(tagged("New York won", "1 2 0"), labels) == [[1, 2, 0]]  # places in task.labels
     for text, tags, said in [
         ("New York", "O", "row 7.*2 words and 1 tags"),
-        ("New", "B-lok", "row 7.*B-lok.*Did you mean 'B-loc'"),
-        ("New", "3", "row 7.*'3'"),
+        ("New", "B-lok", "row 7.*one of 3 tags.*of 5 characters"),
+        ("New", "3", "row 7.*one of 3 tags.*of 1 character"),
     ]:
         with pytest.raises(DataError, match=said):
             tag_ids(tagged(text, tags), labels)
-    with pytest.raises(DataError, match=r"expected BIO tags.*'S-loc'.*task.labels"):
+    with pytest.raises(DataError, match=r"row 7, label column: expected BIO tags.*1 of 2.*task.labels"):
         tag_ids(tagged("New", "S-loc"), ("O", "S-loc"))
 
 
 def test_numbers_are_scaled_and_checked() -> None:
     table = Table("t", ("a", "b", "c"), ("0", "5", "2.5"), None, None, (2, 3, 4))
     assert numbers(table, (0, 5)).tolist() == [-1, 1, 0]
-    with pytest.raises(DataError, match=r"row 3.*0 to 4.*task.range.*'5'"):
+    with pytest.raises(DataError, match=r"row 3.*0 to 4.*task.range.*found a greater one"):
         numbers(table, (0, 4))
+    with pytest.raises(DataError, match=r"row 2.*found a smaller one"):
+        numbers(table, (1, 5))
     for bad in ("much", "nan"):
-        with pytest.raises(DataError, match="row 9"):
+        with pytest.raises(DataError, match=f"row 9.*text of {len(bad)} characters"):
             numbers(Table("t", ("a",), (bad,), None, None, (9,)), (0, 5))
+
+
+SECRET = "Jane"
+
+
+@pytest.mark.parametrize(
+    ("columns", "record"),
+    [
+        (SPANS, {"context": CONTEXT, "question": "who?", "answers": SECRET}),
+        (SPANS, {"context": CONTEXT, "question": "?", "answers": {"text": [SECRET], "answer_start": [1]}}),
+        (
+            SPANS,
+            {"context": CONTEXT, "question": "?", "answers": {"text": ["Bob"], "answer_start": [SECRET]}},
+        ),
+        (TAGS, {"tokens": [f"{SECRET} Doe"], "tags": ["O"]}),
+        (SEVERAL, {"text": "a", "label": [f"{SECRET}|Joe"]}),
+        (Columns("text", "label", joint=IMAGES), {"text": f"{SECRET}/scan.png", "label": "a"}),
+        (Columns("text", "label", joint=IMAGES), {"text": SECRET * 2000, "label": "a"}),
+    ],
+)
+def test_a_refused_cell_is_not_shown(tmp_path: Path, columns: Columns, record: dict[str, object]) -> None:
+    said = refusal(lines(tmp_path, record), columns)
+    assert "row 1, column" in said and "expected" in said and SECRET not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "labels"),
+    [
+        (TaskKind.SEQUENCE_CLASSIFICATION, SECRET, ("a", "Joe")),
+        (TaskKind.MULTI_LABEL, f"a|{SECRET}", ("a", "Joe")),
+        (TaskKind.TOKEN_CLASSIFICATION, f"B-{SECRET}", ("O", "B-Joe")),
+        (TaskKind.TOKEN_CLASSIFICATION, SECRET, (SECRET, "Joe")),  # found in the data: no tags
+        (TaskKind.REGRESSION, SECRET, ()),
+        (TaskKind.REGRESSION, "1961.25", ()),
+    ],
+)
+def test_a_refused_label_is_not_shown(kind: TaskKind, label: str, labels: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"t, row 7, label column: expected") as caught:
+        check_records(kind, Table("t", ("a",), (label,), None, None, (7,)), labels, (0, 5))
+    assert not any(word in str(caught.value) for word in (SECRET, "Joe", "1961"))
 
 
 IMAGE = Columns("text", "label", joint=IMAGES)
@@ -186,7 +230,8 @@ def test_the_forms_of_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        ("b.png", "no such image"),
+        ("b.png", "5 characters at which no file is"),
+        ("b" * 9999, "9,999 characters at which no file is"),
         ([[1, 2], [3]], "equal length"),
         ([[1, 256]], "0 to 255"),
         ([1, 2], "shape"),

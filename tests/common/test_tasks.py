@@ -176,7 +176,7 @@ def test_long_texts_are_cut(world: Worlds) -> None:
 
 def test_an_unknown_label_names_its_row(world: Worlds) -> None:
     this = world("bert-default")
-    with pytest.raises(DataError, match="ugly"):
+    with pytest.raises(DataError, match="row 2, label column: expected one of 2 labels"):
         this.model.task.encode(table(["w1", "w2"], ["good", "ugly"]), this.model.tokenizer, 10)
 
 

@@ -30,7 +30,7 @@ _NUMBERS = ['task.kind="regression"', 'data.label="number"']
 FAULTS: list[Fault] = [
     ("missing file", ['data.train="nowhere.csv"'], DataError, "nowhere.csv"),
     ("missing column", ['data.text="txt"'], DataError, "txt"),
-    ("unseen label", ['task.labels=["bad","worse"]'], DataError, "good"),
+    ("unseen label", ['task.labels=["bad","worse"]'], DataError, "task.labels"),
     ("target epsilon not positive", ["privacy.target_epsilon=0"], ConfigError, "privacy.target_epsilon"),
     ("negative noise", ["privacy.noise_multiplier=-1.0"], ConfigError, "privacy.noise_multiplier"),
     ("too little noise for the target", ["privacy.noise_multiplier=0.4"], PrivacyError, "target_epsilon"),
