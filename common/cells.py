@@ -115,6 +115,12 @@ def span_of(text: str, value: object, start: object, cell: Cell) -> tuple[str, i
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {name: [value[0].get(name)] for name in ("text", "answer_start")}
+    if answerless(value):
+        raise cell.fault(
+            "an answer (questions without one, as SQuAD 2 has them, are not supported)",
+            "none",
+            "Leave such questions out, or take SQuAD 1.1; `confide client data check` lists their rows.",
+        )
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         if not (isinstance(texts, list) and isinstance(starts, list) and texts and starts):
@@ -143,6 +149,11 @@ def span_of(text: str, value: object, start: object, cell: Cell) -> tuple[str, i
         expected = f"the answer, of {characters(answer)}, at character {place} of the context"
         raise cell.fault(expected, "other text", hint)
     return answer.strip(), place + blanks
+
+
+def answerless(value: object) -> bool:
+    """Whether a cell says, in the form of SQuAD 2, that its question has no answer."""
+    return value == [] or (isinstance(value, dict) and value.get("text") == [])
 
 
 def template_fields(template: str) -> tuple[str, ...]:

@@ -43,7 +43,8 @@ def conll_records(text: str, path: Path, first_line: int = 1) -> Iterator[Record
 
 
 def squad_records(text: str, path: Path) -> Iterator[Record]:
-    """`question`, `context`, `answers` and `title` of a file in the form of SQuAD 1.1.
+    """`question`, `context`, `answers` and `title` of a file in the form of SQuAD; where a question has no
+    answer, as SQuAD 2 has them, `answers` is an empty list.
 
     A record's row is the question's number, from 1.
     """
@@ -60,7 +61,7 @@ def squad_records(text: str, path: Path) -> Iterator[Record]:
                         {
                             "question": question["question"],
                             "context": paragraph["context"],
-                            "answers": question["answers"],
+                            "answers": [] if question.get("is_impossible") else question["answers"],
                             "title": article.get("title", "untitled"),
                         },
                     )

@@ -138,6 +138,11 @@ class Code(Enum):
         Severity.ERROR,
         "Choose a model that was tuned on conversations, or mend its chat template.",
     )
+    NO_ANSWER = (
+        "no-answer",
+        Severity.ERROR,
+        "Questions without an answer are not supported: leave them out, or take SQuAD 1.1.",
+    )
     BAD_ANSWER = ("bad-answer", Severity.ERROR, "The answer must stand in the context, word for word.")
     # People
     EMPTY_PERSON = ("empty-person", Severity.ERROR, "Fill in whose record it is, or remove the row.")

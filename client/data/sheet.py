@@ -11,7 +11,7 @@ from functools import cached_property
 from client.data.findings import Code, Finding
 from client.data.reading import RawFile
 from client.data.subject import Subject
-from common.cells import Cell, listed, nearest, short, span_of, text_of, type_name
+from common.cells import Cell, answerless, listed, nearest, short, span_of, text_of, type_name
 from common.datasets import FileKind
 from common.errors import CellError, DataError
 from common.kinds import TaskKind
@@ -182,6 +182,9 @@ def _answer(
 ) -> str | None:
     columns = subject.columns
     start = None if columns.start is None else cells.get(columns.start)
+    if answerless(cells[columns.label or ""]):
+        wrong[Code.NO_ANSWER, "whose question has no answer, as in SQuAD 2"].append(number)
+        return None
     try:
         text = str(cells.get(columns.text) or "")
         return span_of(text, cells[columns.label or ""], start, Cell(raw.path, number, columns.label or ""))[

@@ -303,3 +303,22 @@ def test_squad(tmp_path: Path) -> None:
     for broken in ({"data": [{"paragraphs": [{}]}]}, {"version": 1}, [1], {"data": 3}):
         path.write_text(json.dumps(broken))
         assert "rename it to .jsonl" in refusal(path, SPANS)
+
+
+@pytest.mark.parametrize(
+    "unanswerable", [{"answers": [], "is_impossible": True}, {"answers": []}, {"is_impossible": True}]
+)
+def test_a_question_of_squad_2_without_an_answer(tmp_path: Path, unanswerable: dict[str, object]) -> None:
+    asked = [{"question": "who?", "answers": [{"text": "Ada", "answer_start": 0}]}]
+    paragraph = {"context": CONTEXT, "qas": [*asked, {"question": "why?", **unanswerable}]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    said = refusal(path, SPANS)
+    assert "row 2, column 'answers': expected an answer (questions without one, as SQuAD 2" in said
+    assert "take SQuAD 1.1" in said
+
+
+def test_a_list_of_texts_that_is_empty_is_no_answer(tmp_path: Path) -> None:
+    """As the data sets of the hub have SQuAD 2."""
+    record = {"context": CONTEXT, "question": "why?", "answers": {"text": [], "answer_start": []}}
+    assert "SQuAD 2" in refusal(lines(tmp_path, record), SPANS)

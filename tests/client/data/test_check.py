@@ -182,6 +182,18 @@ def test_answers_that_stand_nowhere(tmp_path: Path) -> None:
     assert rows_of(checked, Code.BAD_ANSWER) == {2}
 
 
+def test_questions_of_squad_2_without_an_answer(tmp_path: Path) -> None:
+    answer = {"text": "Bern", "answer_start": 0}
+    questions = [
+        {"question": "Which one?", "answers": [answer], "is_impossible": False},
+        {"question": "Which other?", "answers": [], "plausible_answers": [answer], "is_impossible": True},
+        {"question": "Why?", "answers": [], "is_impossible": True},
+    ]
+    data = {"data": [{"paragraphs": [{"context": "Bern is a town.", "qas": questions}]}]}
+    checked = check(subject_of(write(tmp_path, "a.json", json.dumps(data).encode())))
+    assert rows_of(checked, Code.NO_ANSWER) == {2, 3} and rows_of(checked, Code.BAD_ANSWER) == set()
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tsv"])
 def test_sound_data_gives_no_finding(tmp_path: Path, form: str) -> None:
     if form == "parquet":
