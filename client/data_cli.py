@@ -5,6 +5,8 @@ Both work at the site; nothing leaves it.
 
 from __future__ import annotations
 
+import shlex
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,9 +133,11 @@ def clean(
 
         refuse_existing([to])
         write_together((to, proposed(look(subject)).encode()))
-        say(
-            f"recipe: {to}", f"next: read it, change it, then confide client data clean {given} --recipe {to}"
-        )
+        out = _clean_file(subject.train, beside=to)
+        named = {"--test": test, "--person": person, "--text": text, "--label": label, "--prompt": prompt}
+        options = [part for option, value in named.items() if value is not None for part in (option, value)]
+        then = ["confide", "client", "data", "clean", given, "--recipe", to, "--to", out, *options]
+        say(f"recipe: {to}", "next: read it, change it, then", f"  {shlex.join(map(str, then))}")
         return
     from client.data.cleaning import clean as tidy
 
@@ -155,6 +159,19 @@ def _subject(
     from client.data.subject import subject_of
 
     return subject_of(given, test=test, person=person, text=text, label=label, prompt=prompt)
+
+
+def _clean_file(data: Path, beside: Path) -> Path:
+    """A name for what `clean` makes of `data`, in its form where that is written; nothing is there yet."""
+    from client.data.writing import record_of
+    from common.datasets import FileKind, kind_of
+
+    name = f"{data.stem}.jsonl" if kind_of(data) in (FileKind.FOLDER, FileKind.SQUAD) else data.name
+    for number in count(1):
+        out = beside.with_name(f"clean-{name}" if number == 1 else f"clean-{number}-{name}")
+        if not any(path.exists() or path.is_symlink() for path in (out, record_of(out))):
+            break
+    return out
 
 
 def _print_check(checked: Checked) -> None:

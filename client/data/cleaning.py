@@ -16,7 +16,7 @@ from client.data.recipe import Step, StepKind, load_recipe
 from client.data.sheet import sheet_of
 from client.data.steps import apply
 from client.data.subject import Subject
-from client.data.writing import refuse_existing, rows_as_bytes, write_together
+from client.data.writing import record_of, refuse_existing, rows_as_bytes, write_together
 from common.cells import listed, short
 from common.errors import ConfigError, DataError
 
@@ -68,7 +68,7 @@ def clean(subject: Subject, recipe: Path, out: Path) -> Cleaned:
         ConfigError: the recipe is wrong or does not fit, or `out` is there already.
         DataError: the file cannot be read as it is, or nothing is left of it.
     """
-    record = out.with_name(out.name + ".recipe.json")
+    record = record_of(out)
     refuse_existing([out, record])
     steps = load_recipe(recipe)
     raw = _read(subject, steps)

@@ -126,6 +126,11 @@ def _parquet(raw: RawFile, out: Path) -> bytes:
     return buffer.getvalue()
 
 
+def record_of(out: Path) -> Path:
+    """Where it is written what was done to make `out`."""
+    return out.with_name(out.name + ".recipe.json")
+
+
 def refuse_existing(paths: Sequence[Path]) -> None:
     """Nothing is overwritten, not even through a link.
 

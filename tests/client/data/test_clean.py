@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -376,6 +377,35 @@ def test_from_the_command_line(tmp_path: Path) -> None:
             run("clean", source, *arguments)
     with pytest.raises(ConfigError, match="is there already"):
         run("clean", source, "--propose", "--to", steps)
+
+
+def test_propose_prints_the_next_command_whole(tmp_path: Path) -> None:
+    """As it stands it runs, and looks at what was looked at: columns, people, the evaluation set."""
+    records = sound()
+    records[1] = records[0]
+    header, columns = b"text,label,person", b"body,topic,who"
+    source = write(tmp_path, "a file.csv", as_csv(records).replace(header, columns))
+    test = write(tmp_path, "the public.csv", as_csv(records[:1]).replace(header, columns))
+    named = ["--text", "body", "--label", "topic", "--person", "who", "--test", test]
+    steps = tmp_path / "my recipe.toml"
+    write(tmp_path, "clean-a file.csv", b"made before")
+    _, shown = run("clean", source, "--propose", "--to", steps, *named)
+    confide, client, data, *command = shlex.split(shown.splitlines()[-1])
+    assert [confide, client, data] == ["confide", "client", "data"]
+    code, shown = run(*command, "--json")
+    assert code == 0 and Path(json.loads(shown)["out"]).parent == tmp_path
+    fields = json.loads(Path(json.loads(shown)["record"]).read_text("utf-8"))
+    assert fields["columns"] == {"text": ["body"], "label": "topic", "prompt": None, "person": "who"}
+    assert fields["public"] is not None
+
+
+def test_propose_names_a_form_that_is_written(tmp_path: Path) -> None:
+    asked = [{"question": "?", "answers": [{"text": "a", "answer_start": 0}]}] * 2
+    data = {"data": [{"paragraphs": [{"context": "a b", "qas": asked}]}]}
+    source = write(tmp_path, "squad.json", json.dumps(data).encode())
+    _, shown = run("clean", source, "--propose", "--to", tmp_path / "recipe.toml")
+    assert run(*shlex.split(shown.splitlines()[-1])[3:])[0] == 0
+    assert (tmp_path / "clean-squad.jsonl").exists()
 
 
 def test_every_remedy_names_steps_that_exist() -> None:
