@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from client.data.findings import Code, listed_rows
-from client.data.reading import FALLBACK, RawFile, read_raw
+from client.data.reading import FALLBACK, RawFile, Row, read_raw
 from client.data.recipe import Step, StepKind, load_recipe
 from client.data.sheet import sheet_of
 from client.data.steps import apply
 from client.data.subject import Subject
 from client.data.writing import record_of, refuse_existing, rows_as_bytes, write_together
 from common.cells import listed, short
+from common.datasets import FileKind
 from common.errors import ConfigError, DataError
 
 _PASSES = 25  # a step can make work for one before it; more passes than this mean that they fight
@@ -73,14 +74,13 @@ def clean(subject: Subject, recipe: Path, out: Path) -> Cleaned:
     steps = load_recipe(recipe)
     raw = _read(subject, steps)
     public, public_sha256 = _public(subject, steps)
-    before = len(raw.rows)
+    before, decoded = len(raw.rows), _decoded(raw)
     raw, done = _settled(raw, subject, steps, public)
     if not raw.rows:
         raise DataError(
             f"{subject.train}: none of {before:,} rows would be left: look at the recipe's steps."
         )
-    if raw.found(Code.UNREADABLE_ROW):
-        done = _with_unreadable(done, raw.found(Code.UNREADABLE_ROW))
+    done = _with_reading(done, decoded, raw.found(Code.UNREADABLE_ROW))
     data = rows_as_bytes(raw, out)
     out_sha256 = hashlib.sha256(data).hexdigest()
     columns = subject.columns
@@ -184,7 +184,27 @@ def _settled(
     )
 
 
-def _with_unreadable(done: Sequence[StepDone], rows: tuple[int, ...]) -> tuple[StepDone, ...]:
+def _decoded(raw: RawFile) -> tuple[int, ...]:
+    """The rows that were not UTF-8: where bytes that are not are kept as they are, they read differently."""
+    if not raw.found(Code.INVALID_UTF8):
+        return ()
+
+    def content(row: Row) -> str:  # names that stand in a header are no part of a row
+        return repr(row.cells if raw.kind is FileKind.JSONL else list(row.cells.values()))
+
+    kept = read_raw(raw.path, "utf-8", "surrogateescape")
+    undecoded = {row.number: content(row) for row in kept.rows}
+    return tuple(row.number for row in raw.rows if undecoded.get(row.number) != content(row))
+
+
+def _with_reading(
+    done: Sequence[StepDone], decoded: tuple[int, ...], unreadable: tuple[int, ...]
+) -> tuple[StepDone, ...]:
+    """With what the steps did that are done while reading."""
+    changed, dropped = {StepKind.DECODE.label: decoded}, {StepKind.DROP_UNREADABLE.label: unreadable}
     return tuple(
-        replace(step, dropped=rows) if step.name == StepKind.DROP_UNREADABLE.label else step for step in done
+        replace(
+            step, changed=changed.get(step.name, step.changed), dropped=dropped.get(step.name, step.dropped)
+        )
+        for step in done
     )

@@ -67,8 +67,9 @@ class _Fault:
 _Read = Row | _Fault
 
 
-def read_raw(path: Path, encoding: str = FALLBACK) -> RawFile:
-    """Every row that can be read. `encoding`: of lines that are not UTF-8.
+def read_raw(path: Path, encoding: str = FALLBACK, errors: str = "replace") -> RawFile:
+    """Every row that can be read. `encoding`: of lines that are not UTF-8; `errors`: as of `bytes.decode`, what
+    becomes of bytes that are not in it either.
 
     Raises:
         DataError: nothing is there, it is of no known kind, or it is no text at all.
@@ -79,7 +80,7 @@ def read_raw(path: Path, encoding: str = FALLBACK) -> RawFile:
     digest = _sha256(path)
     if kind is FileKind.PARQUET:
         return _file(path, kind, arrow_records(parquet_table(path), path), (), digest)
-    text, faults = _decoded(path, encoding)
+    text, faults = _decoded(path, encoding, errors)
     match kind:
         case FileKind.CSV:
             reading: Iterator[_Read] = _delimited(text, ",")
@@ -136,7 +137,7 @@ def _gathered(faults: Sequence[_Fault]) -> Iterator[Finding]:
 # Bytes to text
 
 
-def _decoded(path: Path, encoding: str) -> tuple[str, list[_Fault]]:
+def _decoded(path: Path, encoding: str, errors: str) -> tuple[str, list[_Fault]]:
     data = raw_bytes(path)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: expected UTF-8, found UTF-16. Save it as UTF-8, for example with iconv.")
@@ -163,7 +164,7 @@ def _decoded(path: Path, encoding: str) -> tuple[str, list[_Fault]]:
         except UnicodeDecodeError as error:
             says = f"Bytes that are not UTF-8, such as 0x{line[error.start]:02x}; read as {encoding} here."
             faults.append(_Fault(number, Code.INVALID_UTF8, says))
-            texts.append(line.decode(encoding, errors="replace"))
+            texts.append(line.decode(encoding, errors))
     return "\n".join(texts), faults
 
 

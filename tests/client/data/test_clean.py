@@ -379,6 +379,24 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         run("clean", source, "--propose", "--to", steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "rows"),
+    [
+        ("a.csv", b'text,label\ncaf\xe9,1\n"two\nlines \x81",2\nok,3\n"x\n",4\n\xfc,5\n', [2, 3, 8]),
+        ("b.csv", b"text,gr\xf6\xdfe\nok,1\ncaf\xe9,2\n", [3]),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9", "n": NaN}\n{"text": "ok", "n": NaN}\n', [2]),
+        ("a.conll", b"# caf\xe9\nok\tO\n\ncaf\xe9\tO\n", [4]),
+    ],
+)
+def test_decode_says_which_rows_it_changed(tmp_path: Path, name: str, data: bytes, rows: list[int]) -> None:
+    steps = recipe(tmp_path, '[[step]]\ndo = "decode"\nencoding = "windows-1252"\n')
+    source, out = write(tmp_path, name, data), tmp_path / f"out-{name}"
+    done = tidy(source, steps, out, person=None)
+    assert list(done.steps[0].changed) == rows
+    fields = json.loads(done.record.read_text("utf-8"))
+    assert fields["steps"][0]["changed"] == {"count": len(rows), "rows": rows}
+
+
 def test_propose_prints_the_next_command_whole(tmp_path: Path) -> None:
     """As it stands it runs, and looks at what was looked at: columns, people, the evaluation set."""
     records = sound()
