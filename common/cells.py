@@ -195,6 +195,15 @@ def type_name(value: object) -> str:
 # Words for messages
 
 
+def quoting_fault(error: Exception, lines: int) -> str:
+    """What is wrong with the quotes of a record that was read on for `lines` beyond its first."""
+    if "end of data" in str(error):
+        return "a quote that opens in it is never closed"
+    if lines > 0:
+        return "a quote that opens in it goes on over lines, and text follows where the next quote closes it"
+    return f"the quoting is broken ({error})"
+
+
 def short(name: str) -> str:
     """A name, as of a column, quoted and cut to `_SHOWN` characters. Not for what a cell holds."""
     return repr(name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…")

@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cells import listed, nearest, short, type_name, unusable
+from common.cells import listed, nearest, quoting_fault, short, type_name, unusable
 from common.corpora import conll_records, squad_records
 from common.errors import DataError
 from common.tables import Columns, Record, Table, table_of
@@ -182,13 +182,14 @@ def _delimited(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[Rec
     row = 0
     while True:
         row += 1
+        line = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise DataError(
-                f"{path}, row {row}: the quoting is broken ({error}). "
+                f"{path}, {_row(row, line)}: {quoting_fault(error, reader.line_num - line)}. "
                 f'Close every quote, and write a quote inside a quoted field twice ("").'
             ) from None
         if not fields:
@@ -199,14 +200,19 @@ def _delimited(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[Rec
             continue
         if len(fields) != len(header):
             raise DataError(
-                f"{path}, row {row}: expected {len(header)} fields as in the header, found {len(fields)}. "
-                f"Quote a field that holds {'a tab' if delimiter == chr(9) else 'a comma'} or a line break."
+                f"{path}, {_row(row, line)}: expected {len(header)} fields as in the header, found "
+                f"{len(fields)}. Quote a field that holds {'a tab' if delimiter == chr(9) else 'a comma'} or "
+                f"a line break, and close every quote; the row ends in line {reader.line_num}."
             )
         cells = dict(zip(header, fields, strict=True))
         for name in names:
             if cells[name] in _NOT_A_NUMBER:
                 raise DataError(unusable(path, row, name, "NaN"))
         yield row, cells
+
+
+def _row(row: int, line: int) -> str:
+    return f"row {row}" if row == line else f"row {row} (line {line})"
 
 
 def _json_lines(path: Path, names: Sequence[str]) -> Iterator[Record]:

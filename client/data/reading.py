@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.data.findings import Code, Finding
-from common.cells import short, type_name
+from common.cells import quoting_fault, short, type_name
 from common.corpora import conll_records, squad_records
 from common.datasets import FileKind, arrow_records, folder_table, kind_of, parquet_table, raw_bytes
 from common.errors import DataError
@@ -68,8 +68,8 @@ _Read = Row | _Fault
 
 
 def read_raw(path: Path, encoding: str = FALLBACK, errors: str = "replace") -> RawFile:
-    """Every row that can be read. `encoding`: of lines that are not UTF-8; `errors`: as of `bytes.decode`, what
-    becomes of bytes that are not in it either.
+    """Every row that can be read. `encoding`: of lines that are not UTF-8; `errors`: what becomes of bytes
+    that are not in it either, as of `bytes.decode`.
 
     Raises:
         DataError: nothing is there, it is of no known kind, or it is no text at all.
@@ -206,7 +206,8 @@ def _delimited(text: str, delimiter: str) -> Iterator[_Read]:
                 at = len(lines)
                 break
             except csv.Error as error:
-                yield _Fault(start + 1, Code.UNREADABLE_ROW, f"The quoting is broken: {error}.")
+                says = quoting_fault(error, first + reader.line_num - (start + 1))
+                yield _Fault(start + 1, Code.UNREADABLE_ROW, f"{says[0].upper()}{says[1:]}.")
                 break
             if not fields:
                 continue

@@ -264,12 +264,26 @@ def test_other_delimiter_is_recognised(tmp_path: Path) -> None:
 def test_row_with_another_number_of_fields(line: str, found: int, tmp_path: Path) -> None:
     path = put(tmp_path, "a.csv", f'text,label\n"a\nb",1\n{line}\n')
     # The quoted line break does not count: the third record, on the fourth line.
-    assert f"row 3: expected 2 fields as in the header, found {found}" in refusal(path)
+    assert f"row 3 (line 4): expected 2 fields as in the header, found {found}" in refusal(path)
 
 
 def test_quote_that_never_closes(tmp_path: Path) -> None:
     message = refusal(put(tmp_path, "a.csv", f'label,text\n1,a\n2,"{SECRET}\n3,b\n'))
-    assert "row 3" in message and "quote" in message and SECRET[:41] not in message
+    assert "row 3: a quote that opens in it is never closed" in message
+    assert SECRET[:8] not in message
+
+
+def test_quote_that_never_closes_is_named_where_it_opens(tmp_path: Path) -> None:
+    """By its line, too, after fields with line breaks; and where a later quote ends it."""
+    before = 'label,text\n1,"two\nlines"\n'
+    message = refusal(put(tmp_path, "a.csv", f'{before}2,"{SECRET}\n3,b\n4,c\n'))
+    assert "row 3 (line 4): a quote that opens in it is never closed" in message
+    message = refusal(put(tmp_path, "b.csv", f'{before}2,"{SECRET}\n3,b\n4,"c"\n'))
+    assert "row 3 (line 4): a quote that opens in it goes on over lines" in message
+    message = refusal(put(tmp_path, "d.csv", f'{before}2,"{SECRET}\n3,",x\n'))
+    assert "row 3 (line 4): expected 2 fields" in message and "the row ends in line 5" in message
+    message = refusal(put(tmp_path, "c.csv", f'{before}2,"a "word" in it"\n'))
+    assert "row 3 (line 4): the quoting is broken" in message
 
 
 @pytest.mark.parametrize(
