@@ -71,8 +71,15 @@ def compare(folders: Sequence[Path]) -> list[Compared]:
         CheckpointError: one is no run, or not finished.
     """
     resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < max(2, len(folders)):
-        raise ConfigError(f"compare needs at least two runs, each named once, found {len(folders)}")
+    if len(folders) < 2:
+        raise ConfigError(f"compare needs at least two runs, found {len(folders)}: name another one's folder")
+    for place, folder in enumerate(resolved):
+        if folder in resolved[:place]:
+            first = folders[resolved.index(folder)]
+            raise ConfigError(
+                f"expected runs that are each named once, found {first} and {folders[place]}, which are the "
+                "same folder: leave one out"
+            )
     names = [folder.name for folder in resolved]
     labels = [
         name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)

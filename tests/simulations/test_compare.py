@@ -92,6 +92,10 @@ def test_what_cannot_be_compared(two_runs: list[Path], tmp_path: Path) -> None:
         invoke("compare", two_runs[0])
     with pytest.raises(ConfigError, match="named once"):
         invoke("compare", two_runs[0], two_runs[0])
+    link = tmp_path / "latest"
+    link.symlink_to(two_runs[1])
+    with pytest.raises(ConfigError, match=f"{two_runs[1]} and {link}, which are the same folder"):
+        invoke("compare", *two_runs, link)
     with pytest.raises(CheckpointError, match="not the folder of a run"):
         invoke("compare", two_runs[0], tmp_path)
     assert differing(compare(two_runs))
