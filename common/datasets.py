@@ -348,13 +348,22 @@ def _decoded(path: Path) -> str:
     data = raw_bytes(path)
     if not data.strip():
         raise DataError(f"{path}: expected records, found an empty file. Write it again.")
+    return utf8(data, path)
+
+
+def utf8(data: bytes, source: Path) -> str:
+    """Text, with or without a byte order mark.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}, row {line} (counted in lines): expected UTF-8, "
-            f"found the byte 0x{data[error.start]:02x}. Save the file as UTF-8, for example with iconv."
+            f"{source}, row {line} (counted in lines): expected UTF-8, "
+            f"found the byte 0x{data[error.start]:02x}. Write it as UTF-8, for example with iconv."
         ) from None
 
 

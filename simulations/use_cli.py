@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from common.exported import Form
 
 if TYPE_CHECKING:
     from common.prediction import Predictor
-    from common.tables import Table
+    from common.tables import Columns, Table
 
 Adapter = Annotated[Path, typer.Argument(help="A run's folder, its `adapter`, or what confide export wrote.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -135,62 +136,60 @@ def _asked(
     text_column: str,
     prompt_column: str | None,
 ) -> Table:
-    from common.cells import Cell
-    from common.config import DataSection, TaskKind
     from common.datasets import read_table
-    from common.tables import Columns, Table
-    from common.targets import columns_of
-    from common.turns import prompt_of
+    from common.tables import table_of
 
     if text is not None and file is not None:
         raise ConfigError("give a text or --file, not both")
     if file is not None and file.suffix.lower() != ".txt":
-        if predictor.section.chat:
-            column = prompt_column or text_column
-            return read_table(file, Columns(column, None, column, turns=True))
-        data = DataSection(train=file, text=text_column, prompt=prompt_column)
-        joint = columns_of(data, predictor.kind).joint
-        return read_table(file, Columns(text_column, None, prompt_column, joint=joint))
-    if text is not None:
-        records: list[tuple[Any, Any]] = [(text, prompt)]
-    else:
-        lines = (file.read_text("utf-8") if file is not None else sys.stdin.read()).splitlines()
-        records = [_line(line, number, prompt) for number, line in enumerate(lines, start=1) if line.strip()]
+        return read_table(file, _columns(predictor, text_column, prompt_column))
+    # Paths of images are read from the folder where the command runs, as the names here have none.
+    source = Path("input" if text is not None else "standard input" if file is None else file.name)
+    records = [(1, text, prompt)] if text is not None else list(_lines(file, source, prompt))
     if not records:
         raise DataError("no text to answer: give one, --file, or lines on standard input")
-    if predictor.kind is TaskKind.IMAGE_CLASSIFICATION:
-        from common.images import image_text
+    if predictor.section.chat:  # the conversation stands in either of the two
+        records = [(row, t if p is None else p, None) for row, t, p in records]
+    alone = [row for row, _, p in records if p is None]
+    if 0 < len(alone) < len(records):
+        raise DataError(
+            f"{source}, row {alone[0]}: expected a prompt, as other records have one, found none. Give every "
+            "record a prompt, or none"
+        )
+    columns = _columns(predictor, "text", None if alone else "prompt")
+    return table_of(source, columns, ((row, {"text": t, "prompt": p}) for row, t, p in records))
 
-        records = [(image_text(path, Path.cwd()), None) for path, _ in records]
+
+def _columns(predictor: Predictor, text: str, prompt: str | None) -> Columns:
+    from common.config import DataSection
+    from common.tables import Columns
+    from common.targets import columns_of
+
     if predictor.section.chat:
-        asked = [
-            prompt_of(t if p is None else p, Cell(Path("input"), number, "text"))
-            for number, (t, p) in enumerate(records, start=1)
-        ]
-        records = [("", question) for question in asked]
-    else:
-        records = [(str(t), p) for t, p in records]
-    prompts = [p for _, p in records if p is not None]
-    if prompts and len(prompts) != len(records):
-        raise DataError("either every record has a prompt or none has one")
-    return Table(
-        "input",
-        tuple(t for t, _ in records),
-        None,
-        tuple(prompts) if prompts else None,
-        None,
-        tuple(range(1, len(records) + 1)),
-    )
+        column = prompt or text
+        return Columns(column, None, column, turns=True)
+    joint = columns_of(DataSection(text=text, prompt=prompt), predictor.kind).joint
+    return Columns(text, None, prompt, joint=joint)
 
 
-def _line(line: str, number: int, prompt: str | None) -> tuple[Any, Any]:
-    if not line.lstrip().startswith("{"):
-        return line.strip(), prompt
-    try:
-        record: Any = json.loads(line)
-        return record["text"], record.get("prompt", prompt)
-    except (ValueError, KeyError):
-        raise DataError(f"line {number}: expected a text, or a JSON object with `text` in it") from None
+def _lines(file: Path | None, source: Path, prompt: str | None) -> Iterator[tuple[int, Any, Any]]:
+    """Row, text and prompt of each line that is not empty; as a JSON object has them, or as it is."""
+    from common.datasets import utf8
+
+    data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    for row, line in enumerate(utf8(data, source).split("\n"), start=1):
+        record: dict[str, Any] = {"text": line.strip()}
+        if line.lstrip().startswith("{"):
+            try:
+                record = json.loads(line)
+                record["text"]
+            except (ValueError, KeyError, RecursionError):
+                raise DataError(
+                    f"{source}, row {row}: expected a text, or a JSON object with `text` in it"
+                ) from None
+        elif not line.strip():
+            continue
+        yield row, record["text"], record.get("prompt", prompt)
 
 
 def _plain(answer: dict[str, Any]) -> str:

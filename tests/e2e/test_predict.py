@@ -188,6 +188,60 @@ def test_what_cannot_be_answered_is_said(world: Worlds, data_file: Path, tmp_pat
     with pytest.raises(ConfigError, match="not both"):
         invoke("predict", folder, "w1", "--file", data_file)
     result = CliRunner().invoke(confide.app, ["predict", str(folder)], input='{"words": 1}\n')
-    assert isinstance(result.exception, DataError) and "line 1" in str(result.exception)
+    assert isinstance(result.exception, DataError) and "row 1" in str(result.exception)
     result = CliRunner().invoke(confide.app, ["predict", str(folder)], input="\n")
     assert isinstance(result.exception, DataError)
+
+
+def test_input_that_is_not_utf8_names_row_and_byte(world: Worlds, tmp_path: Path) -> None:
+    folder = exported(world("bert-mean"), tmp_path / "adapter")
+    texts = tmp_path / "texts.txt"
+    texts.write_bytes(b"w1\nw2 \xff w3\n")
+    result = CliRunner().invoke(confide.app, ["predict", str(folder)], input=texts.read_bytes())
+    assert isinstance(result.exception, DataError)
+    assert "standard input, row 2" in str(result.exception)
+    with pytest.raises(DataError, match=r"texts\.txt, row 2 .*expected UTF-8, found the byte 0xff"):
+        invoke("predict", folder, "--file", texts)
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ('{"text": null, "prompt": "w2"}', "row 3, column 'text': expected text or a number, found null"),
+        (
+            '{"text": ["w1"], "prompt": "w2"}',
+            "row 3, column 'text': expected text or a number, found a value of type",
+        ),
+        ('{"text": "w1", "prompt": {}}', "row 3, column 'prompt': expected text or a number, found a value"),
+        ('{"text": "w1"}', "row 3: expected a prompt, as other records have one, found none"),
+        ('{"text":' * 100_000, "row 3: expected a text, or a JSON object with `text`"),
+    ],
+)
+def test_a_json_line_without_a_text_is_refused(world: Worlds, tmp_path: Path, record: str, says: str) -> None:
+    folder = exported(world("bert-pair"), tmp_path / "adapter")
+    lines = '{"text": "w1", "prompt": "w2"}\n\n' + record + "\n"
+    result = CliRunner().invoke(confide.app, ["predict", str(folder)], input=lines)
+    assert isinstance(result.exception, DataError) and says in str(result.exception)
+
+
+def test_a_line_of_json_may_hold_line_separators_and_words(world: Worlds, tmp_path: Path) -> None:
+    folder = exported(world("bert-tags"), tmp_path / "adapter")
+    lines = '{"text": ["w1", "good"]}\n{"text": "w1\u2028w2"}\n'
+    said = CliRunner().invoke(confide.app, ["predict", str(folder), "--json"], input=lines)
+    assert said.exception is None and len(said.stdout.split("\n")) == 3
+
+
+def test_a_path_of_an_image_starts_where_the_command_runs(
+    world: Worlds, image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    folder = exported(world("vit-images"), tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    (one,) = answers(folder, "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "paths.txt").write_text("a.png\n")
+    assert answers(folder, "--file", tmp_path / "elsewhere" / "paths.txt") == [one]
+    with pytest.raises(DataError, match="row 1, column 'text': expected the path of an image"):
+        invoke("predict", folder, "b.png")
