@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from common.errors import ModelError
 from common.turns import ASSISTANT, SYSTEM, USER, Turn, answers, conversation, tidied
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 TRAINING_DAY = datetime(2026, 1, 1)  # for templates that write the date: one for all sites, at every resume
 
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _NEXT: Turn = {"role": USER, "content": "2"}  # what is said after an answer, so that its end is written
+_ANSWERS: tuple[Turn, Turn] = ({"role": ASSISTANT, "content": "0"}, {"role": ASSISTANT, "content": "1"})
+_OPENINGS: tuple[Sequence[Turn], ...] = ((_NEXT,), ({"role": SYSTEM, "content": "2"}, _NEXT))
+_SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, str] = (
+    WeakKeyDictionary()
+)  # templates that were looked at
+_BARE = "{{ messages[0]['content'] }}"  # a turn's content alone
 _ANEW = "writes the past anew with each turn"
 _CURE = "Make records of one answer each, with data.prompt, or choose another model"
 
@@ -49,6 +56,10 @@ def chat_ids(
     try:
         return _written(tokenizer, turns, today)
     except Exception as error:  # a template may raise anything, with the conversation in its message
+        if isinstance(error, ValueError) and _any_control(tokenizer, turns):
+            raise ModelError(
+                "a turn holds a control token of the model, which the tokenizer cannot read as text: drop it"
+            ) from None
         says = f"the model's chat template does not take this conversation ({type(error).__name__})"
         if turns and turns[0]["role"] == SYSTEM:
             says += ". Not every model takes a system turn: put it into the user's first"
@@ -63,15 +74,56 @@ def _written(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
 ) -> list[int]:
     template = tokenizer.get_chat_template()
+    if _SETTLED.get(tokenizer) != template:
+        known = tokenizer.chat_control_tokens or ()
+        tokenizer.chat_control_tokens = sorted({*known, *_controls(tokenizer, template)})
+        _SETTLED[tokenizer] = template
+    return _rendered(tokenizer, turns, template if today is None else _on_day(template, today))
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], template: str, *, sanitize: bool = True
+) -> list[int]:
     made = tokenizer.apply_chat_template(
         [{**turn, "content": tidied(turn["content"])} for turn in turns],
-        chat_template=template if today is None else _on_day(template, today),
+        chat_template=template,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        sanitize_control_tokens=True,
+        sanitize_control_tokens=sanitize,
     )
     return list(made["input_ids"])
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
+    """The added tokens by which the template tells turns apart, and the ends of texts. transformers knows
+    those only that are special, or stand in the template word for word.
+
+    What the template writes between the head of an answer and the answer is left out: thoughts stand there,
+    and are part of answers.
+    """
+    found = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for opening in _OPENINGS:
+        with contextlib.suppress(Exception):  # not every template takes each of them
+            template = _on_day(template, TRAINING_DAY)
+            found.update(_rendered(tokenizer, opening, template, sanitize=False))
+            said, other = (
+                _rendered(tokenizer, [*opening, answer, _NEXT], template, sanitize=False)
+                for answer in _ANSWERS
+            )
+            found.update(said[_alike(said, other) :])
+    return {token.content for i, token in _added(tokenizer).items() if i in found}
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
+    """The tokens that were added to the words of the tokenizer, but for blanks."""
+    return {i: t for i, t in tokenizer.added_tokens_decoder.items() if not t.content.isspace()}
+
+
+def _any_control(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> bool:
+    special = {token.content for token in _added(tokenizer).values() if token.special}
+    tokens = special | set(tokenizer.chat_control_tokens or ())
+    return any(token in turn["content"] for turn in turns for token in tokens)
 
 
 def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
@@ -84,13 +136,10 @@ def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
         ModelError: there is no template, or it takes no conversation.
     """
     text_end: int | None = tokenizer.eos_token_id
-    opening = _opening(tokenizer)
-    asked = chat_ids(tokenizer, opening, TRAINING_DAY)
+    begun = opening(tokenizer)
+    asked = chat_ids(tokenizer, begun, TRAINING_DAY)
     try:
-        said, other = (
-            chat_ids(tokenizer, [*opening, {"role": ASSISTANT, "content": answer}, _NEXT], TRAINING_DAY)
-            for answer in ("0", "1")
-        )
+        said, other = (chat_ids(tokenizer, [*begun, answer, _NEXT], TRAINING_DAY) for answer in _ANSWERS)
     except ModelError:
         return AnswerForm(text_end, "takes no second question")
     first, rest = _alike(said, other), _alike(said[::-1], other[::-1])
@@ -106,15 +155,19 @@ def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
     return AnswerForm(said[end], None, len(said) - end - 1)
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-    """A conversation that the template takes: a question, after a system turn where it wants one."""
+def opening(tokenizer: PreTrainedTokenizerBase) -> Sequence[Turn]:
+    """A conversation that the template takes: a question, after a system turn where it wants one.
+
+    Raises:
+        ModelError: there is no template, or it takes no conversation.
+    """
     if not tokenizer.chat_template:
         raise ModelError(
             "task.chat: the model's tokenizer has no chat template. Choose a model that was tuned on "
             "conversations, or set task.chat to false"
         )
     why = ""
-    for turns in ([_NEXT], [{"role": SYSTEM, "content": "2"}, _NEXT]):
+    for turns in _OPENINGS:
         try:
             _written(tokenizer, turns, TRAINING_DAY)
         except Exception as error:  # it may raise anything; the conversation in its message is ours
@@ -136,7 +189,7 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
 def _first_added(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], begin: int) -> int | None:
     """Where the first token from `begin` stands that was added to the words, if blanks alone stand before."""
     begins = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    added = _added(tokenizer)
     place = next((i for i in range(begin, len(ids)) if ids[i] in added), None)
     if place is None or ids[place] in begins or tokenizer.decode(ids[begin:place]).strip():
         return None
@@ -159,7 +212,7 @@ def dialogue_ids(
     begins and where the next turn does. Beyond the first `most` tokens after the prompt, places are left out.
     `form`: of the tokenizer (`answer_form`).
 
-    A lone answer that the template cannot end is written as it is, and the end token after it.
+    A lone answer that the template cannot write and end is written as it is, and the end token after it.
 
     Raises:
         ModelError: the template does not take it, or cannot be used for whole dialogues.
@@ -173,9 +226,8 @@ def dialogue_ids(
     except ModelError as error:
         if len(said) > 1:
             raise ModelError(f"{error}. {_CURE}") from None
-        answer = tokenizer(said[0]["content"], add_special_tokens=False, split_special_tokens=True)
         end = () if form.end is None else (form.end,)
-        return [*asked, *answer["input_ids"], *end], [len(asked)]
+        return [*asked, *_rendered(tokenizer, said[:1], _BARE), *end], [len(asked)]
 
 
 def _followed(
@@ -202,10 +254,21 @@ def _followed(
         end = next((i for i in range(len(ids), len(read)) if read[i] == form.end), None)
         if end is None:
             raise ModelError("the model's chat template ends some answers otherwise than others")
+        if not _same_words(tokenizer, read[len(ids) : end], said[answered - 1]):
+            raise ModelError(
+                "the model's chat template does not write an answer of the past as it stands (it may leave "
+                "thoughts out)"
+            )
         if answered == len(said):
             return read[: end + 1], places
         places += [end + 1, len(read)]
         ids, answered = read, answered + 2
+
+
+def _same_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], turn: Turn) -> bool:
+    """Whether `ids` are what the turn says: but for blanks, which templates put around answers."""
+    written, said = (tokenizer.decode(part) for part in (ids, _rendered(tokenizer, [turn], _BARE)))
+    return "".join(written.split()) == "".join(said.split())
 
 
 @cache

@@ -85,11 +85,11 @@ def greedy(model: AdaptedModel, questions: Sequence[Sequence[int]], longest: int
         num_beams=1,
         pad_token_id=model.pad_id,
     )
-    answers = written if reads_all else written[:, width:]
+    answers = written[:, 1 if reads_all else width :]  # a decoder begins with a token that may be an end, too
     return [_text(model, row) for row in answers.tolist()]
 
 
 def _text(model: AdaptedModel, answer: Sequence[int]) -> str:
-    """Without its end, which may be no special token."""
-    ids = [token for token in answer if token not in model.ends]
-    return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+    """Up to its end: that may be no special token, nor the padding after it."""
+    end = next((i for i, token in enumerate(answer) if token in model.ends), len(answer))
+    return str(model.tokenizer.decode(answer[:end], skip_special_tokens=True))

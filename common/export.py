@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from common.adapter import Vector, write_vector
+from common.chat_template import opening
 from common.config import RunConfig, TaskKind
 from common.models import AdaptedModel, model_path
 from common.privacy import epsilon_text
@@ -193,7 +194,8 @@ batch = {_batch(model, config)}
 def _batch(model: AdaptedModel, config: RunConfig) -> str:
     """How the card's example makes tokens of what it reads."""
     if config.task.chat:
-        turns = '[{"role": "user", "content": "a question"}]'
+        said = {"system": "how to answer", "user": "a question"}
+        turns = json.dumps([{**turn, "content": said[turn["role"]]} for turn in opening(model.tokenizer)])
         how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         return f"tokenizer.apply_chat_template(\n    {turns}, {how}\n)"
     return f'tokenizer({_input(model, config)}, return_tensors="pt")'

@@ -15,7 +15,7 @@ from common.errors import ModelError
 from common.models import AdaptedModel
 from common.prediction import Predictor
 from common.tables import Table
-from common.turns import Turn, user_turn
+from common.turns import Turn, lone
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ def room_after(model: AdaptedModel, ids: Sequence[int]) -> int | None:
     return None if most is None else int(most) - len(ids)
 
 
-def question_ids(predictor: Predictor, question: str) -> list[int]:
-    """A question that stands alone, as prompts were read in training."""
+def question_ids(predictor: Predictor, question: str, system: str = "") -> list[int]:
+    """A question that stands alone, as prompts were read in training; after `system`, if any."""
     model = predictor.model
-    asked = user_turn(question) if predictor.section.chat else question
+    asked = lone(question, system) if predictor.section.chat else question
     table = Table("question", ("",), None, (asked,), None, (1,))
     examples = model.task.encode(table, model.tokenizer, predictor.max_length)
     return [int(t) for t in examples.tokens[: int(examples.target[0][0])]]
@@ -122,11 +122,12 @@ def question_ids(predictor: Predictor, question: str) -> list[int]:
 
 @dataclass
 class Speaker:
-    """With `chat` the conversation so far is part of each prompt."""
+    """With `chat` the conversation so far is part of each prompt. `system`: a turn before it; "": none."""
 
     predictor: Predictor
     draw: Draw
     chat: bool
+    system: str = ""
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
@@ -138,18 +139,22 @@ class Speaker:
         top_p: float,
         seed: int | None,
         chat: bool,
+        system: str = "",
     ) -> Speaker:
         """
         Raises:
-            ModelError: the adapter is of no causal model, or `chat` and the model has no template.
+            ModelError: the adapter is of no causal model; or `chat`, and the model has no template; or
+                `system`, and the adapter reads no conversations.
         """
         if predictor.kind is not TaskKind.CAUSAL_LM:
             raise ModelError(f"confide ask needs a causal-lm adapter, this one is of {predictor.kind.value}")
         if chat and not predictor.model.tokenizer.chat_template:
             raise ModelError("the model's tokenizer has no chat template: leave --chat out")
+        if system and not (chat or predictor.section.chat):
+            raise ModelError("the adapter reads texts, no conversations: leave --system out, or add --chat")
         if seed is not None:
             torch.manual_seed(seed)
-        return cls(predictor, Draw(longest, temperature, top_p), chat)
+        return cls(predictor, Draw(longest, temperature, top_p), chat, system)
 
     def answer(self, question: str, out: TextIO) -> str:
         """Write the answer to `out` as it comes; all of it.
@@ -168,11 +173,15 @@ class Speaker:
         said = speak(model, ids, replace(self.draw, longest=longest), tell)
         tell("\n")
         if self.chat:
-            self.turns.append({"role": "assistant", "content": said.text.strip()})
+            self.turns += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": said.text.strip()},
+            ]
         return said.text
 
     def _ids(self, question: str) -> list[int]:
         if not self.chat:
-            return question_ids(self.predictor, question)
-        self.turns.append({"role": "user", "content": question})
-        return chat_ids(self.predictor.model.tokenizer, self.turns)
+            return question_ids(self.predictor, question, self.system)
+        before = [{"role": "system", "content": self.system}] if self.system else []
+        asked = {"role": "user", "content": question}
+        return chat_ids(self.predictor.model.tokenizer, [*before, *self.turns, asked])

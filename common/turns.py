@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from common.errors import DataError
 Turn = dict[str, str]
 _TURN, _SAID = "\x02", "\x03"
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+_BEGINS = re.compile(r"\s*\[\s*\{")
 _WANTED = "a system turn or none, then turns of user and assistant, the user first"
 
 
@@ -33,6 +35,12 @@ def prompt_of(value: object, cell: Cell) -> str:
         DataError: a list is no conversation. No content is shown.
     """
     turns = turns_in(value)
+    if turns is None and looks_like_turns(value):
+        raise cell.fault(
+            "the JSON of a list of turns with role and content, or text",
+            "text that begins like a list and is none",
+            "Write it with json.dumps; text that begins so goes into a turn of its own.",
+        )
     if turns is None:
         return content_of(value, cell)
     kept = _checked(turns, cell)
@@ -112,6 +120,12 @@ def user_turn(text: str) -> str:
     return text.replace(_TURN, "").replace(_SAID, "")
 
 
+def lone(question: str, system: str = "") -> str:
+    """A question that stands alone, whatever it looks like, as `prompt_of` has it; after `system`, if any."""
+    asked, before = tidied(question), tidied(system)
+    return _marked([(SYSTEM, before), (USER, asked)]) if before else asked
+
+
 def content_of(content: object, cell: Cell) -> str:
     """What is said in a turn, as it is trained on: text, or OpenAI's list of parts that are text."""
     if isinstance(content, list) and content:
@@ -138,6 +152,12 @@ def turns_in(value: object) -> list[Any] | None:
         return None
     meant = isinstance(found, list) and found and all(isinstance(t, dict) and "role" in t for t in found)
     return found if meant else None
+
+
+def looks_like_turns(value: object) -> bool:
+    """Whether a cell was meant to hold turns: a list, or text that begins like one, cut short or written as
+    Python does it."""
+    return isinstance(value, list) or (isinstance(value, str) and bool(_BEGINS.match(value)))
 
 
 def conversation(prompt: str) -> list[Turn]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, ModelError
 from common.exported import Form
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def ask(
         bool,
         typer.Option("--chat", help="Keep the conversation, in the form of the model's chat template."),
     ] = False,
+    system: Annotated[
+        str, typer.Option(help="A system turn, where the adapter reads conversations.", show_default=False)
+    ] = "",
     device: Device = "auto",
 ) -> None:
     """Talk to an adapter of a causal language model; answers are written as they come.
@@ -83,17 +86,24 @@ def ask(
     from common.prediction import open_adapter
     from common.speaking import Speaker
 
-    speaker = Speaker.of(open_adapter(adapter, device), longest, temperature, top_p, seed, chat)
+    speaker = Speaker.of(open_adapter(adapter, device), longest, temperature, top_p, seed, chat, system)
     if question is not None:
         speaker.answer(question, sys.stdout)
         return
+    refused: ModelError | None = None
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
-            return
-        speaker.answer(line, sys.stdout)
+            break
+        try:
+            speaker.answer(line, sys.stdout)
+        except ModelError as error:  # of this question: the conversation goes on without it
+            print(f"error: {error}", file=sys.stderr)
+            refused = error
+    if refused is not None:
+        raise typer.Exit(refused.exit_code)
 
 
 def export(

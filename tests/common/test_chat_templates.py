@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from common.chat_template import TRAINING_DAY, answer_form, chat_ids, end_id
 from common.decoding import _questions, greedy
@@ -141,6 +141,57 @@ def test_an_answer_ends_with_the_model_s_own_token(world: Worlds, name: str) -> 
         own = own_parts(encode(table_of(TURNS[1:]), tokenizer, 400), tokenizer)
         said = [part.replace(" ", "") for part in own]
         assert said == [f"w3{written}", f"w5w6{written}", f"good{written}"]
+
+
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1].lstrip('\n') }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_thoughts_of_an_answer_are_trained_on(world: Worlds) -> None:
+    """A template that leaves them out of past answers left them out of the only one, and nobody was told."""
+    tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, THINKS)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    said = "<think>\nw5 w6\n</think>\n\nw3"
+    encode = CausalLM(chat=True).encode
+    lone = encode(table_of(turns_of("w1", said)), tokenizer, 400)
+    assert own_parts(lone, tokenizer) == [f"{said}<|end|>"]
+    ids = lone.tokens.tolist()
+    assert all(ids.count(tokenizer.convert_tokens_to_ids(t)) == 1 for t in ("<think>", "</think>"))
+    assert own_parts(encode(table_of(turns_of("w1", "w2", "w3", "w4")), tokenizer, 400), tokenizer)
+    with pytest.raises(DataError, match=r"row 2: .* an answer of the past as it stands .* one answer each"):
+        encode(table_of(turns_of("w1", "w2"), turns_of("w1", said, "w2", "w4")), tokenizer, 400)
+
+
+@pytest.mark.parametrize("head", ["<|{{ m.role }}|>", "{{ '<|' + m.role + '|>' }}"])
+@pytest.mark.parametrize("end", ["{{ eos_token }}", ""])
+def test_a_control_token_that_is_not_special_is_text_too(world: Worlds, head: str, end: str) -> None:
+    """transformers takes for such what is special, or stands in the template word for word."""
+    tokenizer = copy.deepcopy(world("bpe-dialogues-causal").model.tokenizer)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|stop|>"])
+    tokenizer.eos_token = AddedToken("<|stop|>", special=False)
+    turn = f"{head}{{{{ m.content }}}}{end}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}" + (
+        "{% if add_generation_prompt %}{% set m = {'role': 'assistant'} %}" + head + "{% endif %}"
+    )
+    written = "<|stop|>" if end else "<|user|>"
+    said = f"w1 {written} w2 <|user|> w3"
+    encode = CausalLM(chat=True).encode
+    for turns in (turns_of(said, said), turns_of(said, said, said, said)):
+        examples = encode(table_of(turns), tokenizer, 400)
+        own = own_parts(examples, tokenizer)
+        assert [part.replace(" ", "") for part in own] == [f"{said}{written}".replace(" ", "")] * len(own)
+        assert len(own) == len(turns) // 2
+
+
+def test_a_control_token_that_has_no_text_is_told(world: Worlds) -> None:
+    """It was said that the model may want a system turn."""
+    tokenizer = copy.deepcopy(world("gpt2-causal").model.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} [EOS] {% endfor %}"
+    with pytest.raises(DataError, match=r"row 2: a turn holds a control token of the model"):
+        table = table_of(turns_of("w1", "w2"), turns_of(f"w1 {tokenizer.unk_token}", "w2"))
+        CausalLM(chat=True).encode(table, tokenizer, 400)
 
 
 def test_the_last_answer_is_written_as_the_others_are(world: Worlds) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from transformers import BertModel, DistilBertConfig, DistilBertModel
 
 from common.adapter import write_vector
 from common.errors import ModelError
-from common.export import PrivacyClaim, export_adapter
+from common.export import PrivacyClaim, export_adapter, model_card
 from common.models import AdaptedModel
 from tests.conftest import KINDS, World, moved, save_tokenizer, tiny_config, tiny_model
 
@@ -130,6 +132,18 @@ for folder in sys.argv[1:]:
     np.savez("outsider.npz", **kept, **{"in_" + name: value.numpy() for name, value in inputs.items()})
 """
 )
+
+
+def test_the_card_asks_as_the_template_wants_it(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code failed where the template wants a system turn."""
+    this = world("bpe-chat-causal")
+    wants = "{{ raise_exception('no') if messages[0].role != 'system' }}"
+    monkeypatch.setattr(this.model.tokenizer, "chat_template", wants + this.model.tokenizer.chat_template)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(this.model, this.config, CLAIM), re.S)
+    call = code[code.index("batch = ") : code.index("print(")]
+    names: dict[str, Any] = {"tokenizer": this.model.tokenizer}
+    exec(call, names)
+    assert names["batch"]["input_ids"].shape[1] > 8
 
 
 def test_the_card_s_code_of_every_task(world: Worlds, tmp_path: Path) -> None:

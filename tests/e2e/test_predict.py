@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 import confide
 from common.adapter import write_vector
+from common.chat_template import chat_ids
+from common.decoding import _text
 from common.errors import ConfigError, DataError, ModelError
 from common.evaluation import evaluate
 from common.export import PrivacyClaim, export_adapter
 from common.prediction import open_adapter
-from common.speaking import Speaker
+from common.speaking import Speaker, question_ids
 from common.tasks import collate
 from tests.conftest import KINDS, LABELS, World, moved
 from tests.e2e.command import invoke
@@ -161,12 +163,54 @@ def test_a_conversation_that_cannot_be_answered_is_said(world: Worlds, tmp_path:
     predictor.model.tokenizer.chat_template = once
     speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
     speaker.answer("w1", io.StringIO())
+    kept = list(speaker.turns)
     with pytest.raises(ModelError, match=r"does not take this conversation .*several questions") as caught:
         speaker.answer("w2", io.StringIO())
     assert "SECRET" not in str(caught.value)
+    assert speaker.turns == kept  # and the conversation goes on without it
     speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True)
     with pytest.raises(ModelError, match=r"has 71 tokens, the model reads at most 64 .* new conversation"):
         speaker.answer("w1 " * 70, io.StringIO())
+
+
+def test_a_conversation_goes_on_after_a_question_that_is_too_long(world: Worlds, tmp_path: Path) -> None:
+    """It ended there, and what had been said was lost."""
+    this = world("gpt2-causal")
+    folder = exported(this, tmp_path / "adapter")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}is")
+    lines = "w1\n" + "w1 " * 70 + "\nw2\n\n"
+    ask = ["ask", str(folder), "--chat", "--max-tokens", "2"]
+    done = CliRunner().invoke(confide.app, ask, input=lines)
+    assert done.exit_code == ModelError.exit_code and "the model reads at most 64" in done.stderr
+    assert done.stdout == CliRunner().invoke(confide.app, ask, input="w1\nw2\n\n").stdout
+
+
+def test_a_system_turn_comes_first(world: Worlds, tmp_path: Path) -> None:
+    """A model whose template wants one could not be asked."""
+    predictor = open_adapter(exported(world("bpe-chat-causal"), tmp_path / "adapter"), "cpu")
+    tokenizer = predictor.model.tokenizer
+    wants = "{{ raise_exception('no') if messages[0].role != 'system' }}"
+    tokenizer.chat_template = wants + tokenizer.chat_template
+    asked = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "w1"}]
+    assert question_ids(predictor, "w1", "be kind") == chat_ids(tokenizer, asked)
+    for chat in (True, False):
+        speaker = Speaker.of(predictor, 4, 0.0, 1.0, None, chat, "be kind")
+        assert speaker._ids("w1") == chat_ids(tokenizer, asked)
+        speaker.answer("w1", io.StringIO())
+    with pytest.raises(ModelError, match=r"does not take .* want a system turn"):
+        Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True).answer("w1", io.StringIO())
+    texts = exported(world("gpt2-causal"), tmp_path / "texts")
+    with pytest.raises(ModelError, match="leave --system out"):
+        invoke("ask", texts, "w1", "--system", "be kind")
+
+
+def test_padding_stands_in_no_answer(world: Worlds, tmp_path: Path) -> None:
+    """Where a tokenizer has no padding it is the first word, and stood after the end of shorter answers."""
+    this = world("bpe-chat-causal")
+    tokenizer = this.model.tokenizer
+    end, word = tokenizer.eos_token_id, tokenizer("w1")["input_ids"]
+    assert _text(this.model, [*word, end, *word, *word]) == "w1"
+    assert _text(this.model, word) == "w1"
 
 
 def test_a_chat_keeps_its_turns(world: Worlds, tmp_path: Path) -> None:
@@ -176,7 +220,7 @@ def test_a_chat_keeps_its_turns(world: Worlds, tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as out:
         speaker.answer("w1", out)
         first = speaker._ids("w2")
-    assert [turn["role"] for turn in speaker.turns] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in speaker.turns] == ["user", "assistant"]
     vocabulary = predictor.model.tokenizer.get_vocab()
     assert vocabulary["w1"] in first and vocabulary["w2"] in first
 
