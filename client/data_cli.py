@@ -136,7 +136,8 @@ def clean(
         out = _clean_file(subject.train, beside=to)
         named = {"--test": test, "--person": person, "--text": text, "--label": label, "--prompt": prompt}
         options = [part for option, value in named.items() if value is not None for part in (option, value)]
-        then = ["confide", "client", "data", "clean", given, "--recipe", to, "--to", out, *options]
+        data = f"./{given}" if str(given).startswith("-") else given  # else it reads as an option
+        then = ["confide", "client", "data", "clean", data, "--recipe", to, "--to", out, *options]
         say(f"recipe: {to}", "next: read it, change it, then", f"  {shlex.join(map(str, then))}")
         return
     from client.data.cleaning import clean as tidy

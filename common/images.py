@@ -69,5 +69,6 @@ def open_image(text: str) -> Image.Image:
         source = io.BytesIO(base64.b64decode(text[len(_BYTES) :])) if text.startswith(_BYTES) else Path(text)
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # A SyntaxError is PIL's of a PNG, with bytes of the file in its message.
         raise DataError(f"an image that cannot be read ({type(error).__name__})") from None

@@ -11,7 +11,7 @@ from client.data.label_checks import class_counts, label_findings, labels_in_tes
 from client.data.people import People, people_findings, people_of
 from client.data.personal import Personal, mask
 from client.data.reading import RawFile, read_raw
-from client.data.sheet import Sheet, sheet_of
+from client.data.sheet import Sheet, headless, sheet_of
 from client.data.subject import Subject
 from client.data.text_checks import Lengths, across_splits, lengths_of, text_findings, token_findings
 
@@ -27,6 +27,11 @@ class Checked:
     lengths: tuple[Lengths, ...]
     classes: Counter[str]
     people: People | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names, but for those that may be a record's contents."""
+        return () if headless(self.raw, self.subject) else self.raw.columns
 
     def _labels(self) -> dict[str, int]:
         """Records of each label; those that show personal data are masked, and counted together."""
@@ -51,7 +56,7 @@ class Checked:
             "rows_read": len(self.raw.rows),
             "row_numbers_count": f"{self.raw.unit}s",
             "test": None if self.test is None else str(self.test.path),
-            "columns": list(self.raw.columns),
+            "columns": list(self.columns),
             "lengths": [vars(lengths) for lengths in self.lengths],
             "labels": self._labels(),
             "people": people,

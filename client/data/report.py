@@ -24,9 +24,8 @@ tr.warning td:first-child { color: var(--second); font-weight: 600; }
 def summary_lines(checked: Checked) -> list[str]:
     """What is in the file, in a few plain lines."""
     rows = len(checked.raw.rows)
-    lines = [
-        f"{checked.raw.path}: {rows:,} rows, columns {', '.join(map(short, checked.raw.columns)) or 'none'}"
-    ]
+    columns = ", ".join(map(short, checked.columns)) or "without names that are known"
+    lines = [f"{checked.raw.path}: {rows:,} rows, columns {columns}"]
     for one in checked.lengths:
         beyond = f"; {one.beyond:,} do not fit into {one.limit:,}" if one.beyond else ""
         lines.append(

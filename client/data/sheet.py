@@ -15,7 +15,7 @@ from common.cells import Cell, answerless, listed, nearest, short, span_of, text
 from common.datasets import FileKind
 from common.errors import CellError, DataError
 from common.kinds import TaskKind
-from common.turns import conversation, dialogue_of, halves, prompt_of, turns_in, user_turn
+from common.turns import conversation, dialogue_of, halves, looks_like_turns, prompt_of, user_turn
 
 _NOT_A_NUMBER = frozenset({"nan", "NaN", "NAN"})
 
@@ -91,6 +91,11 @@ def sheet_of(raw: RawFile, subject: Subject) -> tuple[Sheet, tuple[Finding, ...]
     return Sheet(raw, subject, cells), tuple(findings)
 
 
+def headless(raw: RawFile, subject: Subject) -> bool:
+    """Whether the first line may be a record, since it names no column to be read: it is not shown then."""
+    return raw.kind in (FileKind.CSV, FileKind.TSV) and not set(_used(subject)) & set(raw.columns)
+
+
 def _used(subject: Subject) -> tuple[str, ...]:
     names = (*subject.columns.names, subject.person)
     return tuple(dict.fromkeys(name for name in names if name is not None))
@@ -98,14 +103,20 @@ def _used(subject: Subject) -> tuple[str, ...]:
 
 def _columns(raw: RawFile, subject: Subject) -> Iterator[Finding]:
     used = _used(subject)
+    bare = headless(raw, subject)
     always = {FileKind.CONLL: {"tokens", "tags"}, FileKind.SQUAD: {"question", "context", "answers", "title"}}
     for name in used:
         if name in raw.columns or (name == subject.columns.label and subject.guessed_label):
             continue
         near = nearest(name, raw.columns)
         hint = f" Is it {short(near)}?" if near else ""
-        says = f"There is no column {short(name)}, but {listed(raw.columns)}.{hint}"
+        others = listed(raw.columns)
+        if bare:
+            others = f"{len(raw.columns)} fields in the first line, which may be a record"
+        says = f"There is no column {short(name)}, but {others}.{hint}"
         yield Finding(Code.MISSING_COLUMN, (), says, name)
+    if bare:
+        return
     for name in raw.columns:
         if name not in used and name not in always.get(raw.kind, set()):
             rows = tuple(row.number for row in raw.rows if name in row.cells)
@@ -142,7 +153,7 @@ def _strings(raw: RawFile, subject: Subject, name: str) -> tuple[tuple[str | Non
         elif answers:
             found.append(_answer(raw, subject, row.number, row.cells, wrong))
             continue
-        elif chat and (whole or turns_in(value) is not None):
+        elif chat and (whole or looks_like_turns(value)):
             found.append(
                 _conversation(raw, row.number, name, value, wrong, dialogue_of if whole else prompt_of)
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -244,8 +247,23 @@ def test_what_is_no_image_is_refused(tmp_path: Path, image: object, said: str) -
     assert "row 2, column 'text'" in refused and said in refused
 
 
-def test_a_damaged_image_names_its_row(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no image")
+@pytest.mark.parametrize("damage", ["none", "a chunk"])
+def test_a_damaged_image_names_its_row(tmp_path: Path, damage: str) -> None:
+    """Of a PNG with a broken chunk PIL raises a SyntaxError, with bytes of the file in it."""
+    content = b"no image"
+    if damage == "a chunk":  # the second half of the pixels, under a name that is none
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
+        whole = buffer.getvalue()
+        at = whole.index(b"IDAT") + 4
+        (length,) = struct.unpack(">I", whole[at - 8 : at - 4])
+        pixels = whole[at : at + length]
+        content = whole[: at - 8]
+        for name, part in ((b"IDAT", pixels[: length // 2]), (b"\0\1\2\3", pixels[length // 2 :])):
+            checked = struct.pack(">I", zlib.crc32(name + part))
+            content += struct.pack(">I", len(part)) + name + part + checked
+    (tmp_path / "a.png").write_bytes(content)
     table = read_table(lines(tmp_path, {"text": "a.png", "label": "x"}), IMAGE)
     with pytest.raises(DataError, match=r"row 1, text column: an image that cannot be read"):
         make_task(TaskKind.IMAGE_CLASSIFICATION, ["x", "y"]).encode(table, ViTImageProcessor(), 8)

@@ -138,6 +138,19 @@ def test_an_answer_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
     assert rows == [answer.replace("jane@example.org", "[EMAIL]"), "There."]
 
 
+@pytest.mark.parametrize(
+    "written", [repr, lambda turns: json.dumps(turns)[:-9], lambda turns: str([{"from": "x"}])]
+)
+def test_turns_that_are_no_json_are_no_lone_turn(tmp_path: Path, written: Any) -> None:
+    """As pandas writes lists, as Excel cuts them, as others name them: they were taken for a question."""
+    turns = [{"role": "user", "content": "Where is my parcel?"}]
+    rows = [(turns, "There."), (written(turns), "Here."), ("[a note] Who?", "Jane.")]
+    looked = replace(subject(tmp_path, "csv", records=rows), model=None)
+    assert rows_of(check(looked), Code.BAD_TURNS) == {3}
+    with pytest.raises(DataError, match=r"row 3, .* the JSON of a list of turns .* begins like a list"):
+        read_table(tmp_path / "chat.csv", looked.columns)
+
+
 def test_text_with_the_marks_of_turns_is_text(tmp_path: Path, bpe_folder: Path) -> None:
     records = [("\x02system\x03obey", "Hello."), ("\x02", "There."), ("Where?", "Here.")]
     checked = check(subject(tmp_path, "jsonl", str(bpe_folder), records))

@@ -100,6 +100,19 @@ def test_faults_of_types_and_columns_in_jsonl(tmp_path: Path) -> None:
     assert rows_of(checked, Code.MIXED_NEWLINES) == {21}
 
 
+def test_a_first_line_that_may_be_a_record_is_not_shown(tmp_path: Path) -> None:
+    """It was listed as names of columns, four times."""
+    path = write(
+        tmp_path, "a.csv", b"Ada has hepatitis,positive,ada@lovelace.org\nBob has none,negative,b@c.org\n"
+    )
+    page = tmp_path / "page.html"
+    for options in ((), ("--json",), ("--html", page)):
+        code, shown = run("check", path, *options)
+        assert code == ERRORS_EXIT and "3 fields in the first line, which may be a record" in shown
+        assert "Ada" not in shown and "lovelace" not in shown
+    assert "Ada" not in page.read_text("utf-8")
+
+
 def test_missing_double_and_constant_columns(tmp_path: Path) -> None:
     data = as_csv(sound()).replace(b"text,label,person", b"txt,label,label")
     found = {(f.code, f.column): f for f in check(subject_of(write(tmp_path, "a.csv", data))).findings}

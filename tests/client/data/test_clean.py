@@ -417,6 +417,15 @@ def test_propose_prints_the_next_command_whole(tmp_path: Path) -> None:
     assert fields["public"] is not None
 
 
+def test_propose_of_a_file_whose_name_reads_as_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "-x.csv", as_csv([sound()[0], *sound()]))
+    _, shown = run("clean", "./-x.csv", "--propose", "--to", "recipe.toml")
+    assert run(*shlex.split(shown.splitlines()[-1])[3:])[0] == 0
+
+
 def test_propose_names_a_form_that_is_written(tmp_path: Path) -> None:
     asked = [{"question": "?", "answers": [{"text": "a", "answer_start": 0}]}] * 2
     data = {"data": [{"paragraphs": [{"context": "a b", "qas": asked}]}]}
