@@ -24,12 +24,9 @@ _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _NEXT: Turn = {"role": USER, "content": "2"}  # what is said after an answer, so that its end is written
 _ANSWERS: tuple[Turn, Turn] = ({"role": ASSISTANT, "content": "0"}, {"role": ASSISTANT, "content": "1"})
 _OPENINGS: tuple[Sequence[Turn], ...] = ((_NEXT,), ({"role": SYSTEM, "content": "2"}, _NEXT))
-_SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, str] = (
-    WeakKeyDictionary()
-)  # templates that were looked at
-_BARE = "{{ messages[0]['content'] }}"  # a turn's content alone
+# The template whose control tokens a tokenizer was told of.
+_SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _ANEW = "writes the past anew with each turn"
-_CURE = "Make records of one answer each, with data.prompt, or choose another model"
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,7 @@ def chat_ids(
         return _written(tokenizer, turns, today)
     except Exception as error:  # a template may raise anything, with the conversation in its message
         if isinstance(error, ValueError) and _any_control(tokenizer, turns):
-            raise ModelError(
-                "a turn holds a control token of the model, which the tokenizer cannot read as text: drop it"
-            ) from None
+            raise _no_text() from None
         says = f"the model's chat template does not take this conversation ({type(error).__name__})"
         if turns and turns[0]["role"] == SYSTEM:
             says += ". Not every model takes a system turn: put it into the user's first"
@@ -103,13 +98,12 @@ def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
     and are part of answers.
     """
     found = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    for opening in _OPENINGS:
+    for begun in _OPENINGS:
         with contextlib.suppress(Exception):  # not every template takes each of them
             template = _on_day(template, TRAINING_DAY)
-            found.update(_rendered(tokenizer, opening, template, sanitize=False))
+            found.update(_rendered(tokenizer, begun, template, sanitize=False))
             said, other = (
-                _rendered(tokenizer, [*opening, answer, _NEXT], template, sanitize=False)
-                for answer in _ANSWERS
+                _rendered(tokenizer, [*begun, answer, _NEXT], template, sanitize=False) for answer in _ANSWERS
             )
             found.update(said[_alike(said, other) :])
     return {token.content for i, token in _added(tokenizer).items() if i in found}
@@ -124,6 +118,29 @@ def _any_control(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> b
     special = {token.content for token in _added(tokenizer).values() if token.special}
     tokens = special | set(tokenizer.chat_control_tokens or ())
     return any(token in turn["content"] for turn in turns for token in tokens)
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> list[int]:
+    """What a turn says, without what a template writes around it.
+
+    Raises:
+        ModelError: the tokenizer has no text for a control token in it.
+    """
+    try:
+        return _rendered(tokenizer, [turn], "{{ messages[0]['content'] }}")
+    except ValueError:
+        raise _no_text() from None
+
+
+def _no_text() -> ModelError:
+    return ModelError(
+        "a turn holds a control token of the model that its tokenizer cannot read as text: drop it"
+    )
+
+
+def _unfit(says: str) -> ModelError:
+    cure = "Make records of one answer each, with data.prompt, or choose another model"
+    return ModelError(f"the model's chat template {says}. {cure}")
 
 
 def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
@@ -221,13 +238,13 @@ def dialogue_ids(
     asked = chat_ids(tokenizer, before, today)
     try:
         if form.fault:
-            raise ModelError(f"the model's chat template {form.fault}")
+            raise _unfit(form.fault)
         return _followed(tokenizer, before, said, asked, form, today, most)
-    except ModelError as error:
+    except ModelError:
         if len(said) > 1:
-            raise ModelError(f"{error}. {_CURE}") from None
+            raise
         end = () if form.end is None else (form.end,)
-        return [*asked, *_rendered(tokenizer, said[:1], _BARE), *end], [len(asked)]
+        return [*asked, *_bare(tokenizer, said[0]), *end], [len(asked)]
 
 
 def _followed(
@@ -248,17 +265,14 @@ def _followed(
         following = _NEXT if len(written) == len(said) else said[answered]
         read = chat_ids(tokenizer, [*before, *written, following], today)
         if read[: len(ids)] != ids:
-            raise ModelError(f"the model's chat template {_ANEW}")
+            raise _unfit(_ANEW)
         if long:
             return read[: len(read) - form.after], places
         end = next((i for i in range(len(ids), len(read)) if read[i] == form.end), None)
         if end is None:
-            raise ModelError("the model's chat template ends some answers otherwise than others")
+            raise _unfit("ends some answers otherwise than others")
         if not _same_words(tokenizer, read[len(ids) : end], said[answered - 1]):
-            raise ModelError(
-                "the model's chat template does not write an answer of the past as it stands (it may leave "
-                "thoughts out)"
-            )
+            raise _unfit("does not write an answer of the past as it stands (it may leave thoughts out)")
         if answered == len(said):
             return read[: end + 1], places
         places += [end + 1, len(read)]
@@ -267,7 +281,7 @@ def _followed(
 
 def _same_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], turn: Turn) -> bool:
     """Whether `ids` are what the turn says: but for blanks, which templates put around answers."""
-    written, said = (tokenizer.decode(part) for part in (ids, _rendered(tokenizer, [turn], _BARE)))
+    written, said = (tokenizer.decode(part) for part in (ids, _bare(tokenizer, turn)))
     return "".join(written.split()) == "".join(said.split())
 
 
