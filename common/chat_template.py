@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TRAINING_DAY = datetime(2026, 1, 1)  # for templates that write the date: one for all sites, at every resume
 
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+_THOUGHT = re.compile(r"\W+((begin|end)_of_)?(think|thinking|thought|reasoning)\W+", re.IGNORECASE)
 _NEXT: Turn = {"role": USER, "content": "2"}  # what is said after an answer, so that its end is written
 _ANSWERS: tuple[Turn, Turn] = ({"role": ASSISTANT, "content": "0"}, {"role": ASSISTANT, "content": "1"})
 _OPENINGS: tuple[Sequence[Turn], ...] = ((_NEXT,), ({"role": SYSTEM, "content": "2"}, _NEXT))
@@ -53,7 +54,7 @@ def chat_ids(
     try:
         return _written(tokenizer, turns, today)
     except Exception as error:  # a template may raise anything, with the conversation in its message
-        if isinstance(error, ValueError) and _any_control(tokenizer, turns):
+        if isinstance(error, ValueError) and _controls_in(tokenizer, turns):
             raise _no_text() from None
         says = f"the model's chat template does not take this conversation ({type(error).__name__})"
         if turns and turns[0]["role"] == SYSTEM:
@@ -91,22 +92,18 @@ def _rendered(
 
 
 def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
-    """The added tokens by which the template tells turns apart, and the ends of texts. transformers knows
-    those only that are special, or stand in the template word for word.
-
-    What the template writes between the head of an answer and the answer is left out: thoughts stand there,
-    and are part of answers.
-    """
+    """The added tokens that the template writes. transformers knows those only that are special, or stand in
+    the template word for word."""
+    dated = template
+    with contextlib.suppress(ValueError):
+        dated = _on_day(template, TRAINING_DAY)
     found = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for begun in _OPENINGS:
-        with contextlib.suppress(Exception):  # not every template takes each of them
-            template = _on_day(template, TRAINING_DAY)
-            found.update(_rendered(tokenizer, begun, template, sanitize=False))
-            said, other = (
-                _rendered(tokenizer, [*begun, answer, _NEXT], template, sanitize=False) for answer in _ANSWERS
-            )
-            found.update(said[_alike(said, other) :])
-    return {token.content for i, token in _added(tokenizer).items() if i in found}
+        for turns in (begun, [*begun, _ANSWERS[0], _NEXT]):
+            with contextlib.suppress(Exception):  # not every template takes each of them
+                found.update(_rendered(tokenizer, turns, dated, sanitize=False))
+    added = _added(tokenizer)
+    return {token.content for i, token in added.items() if i in found or token.content in template}
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
@@ -114,20 +111,31 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
     return {i: t for i, t in tokenizer.added_tokens_decoder.items() if not t.content.isspace()}
 
 
-def _any_control(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> bool:
+def _controls_in(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> set[str]:
+    """The control tokens that stand in what is said."""
     special = {token.content for token in _added(tokenizer).values() if token.special}
-    tokens = special | set(tokenizer.chat_control_tokens or ())
-    return any(token in turn["content"] for turn in turns for token in tokens)
+    known = special | set(tokenizer.chat_control_tokens or ())
+    return {token for token in known if any(token in turn["content"] for turn in turns)}
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> list[int]:
-    """What a turn says, without what a template writes around it.
+def _thoughts_in(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> set[str]:
+    """The tokens in a turn between which a model thinks, `<think>` and its like: they belong to an answer."""
+    tokens = (token.content for token in _added(tokenizer).values())
+    return {token for token in tokens if _THOUGHT.fullmatch(token) and token in turn["content"]}
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> list[int]:
+    """What an answer says, thoughts and all, without what a template writes around it.
 
     Raises:
-        ModelError: the tokenizer has no text for a control token in it.
+        ModelError: control tokens stand in it that the tokenizer cannot read as text, or beside thoughts.
     """
+    thoughts = _thoughts_in(tokenizer, answer)
+    others = _controls_in(tokenizer, [answer]) - thoughts
+    if thoughts and others:
+        raise ModelError("an answer holds thoughts, and other control tokens of the model: take these out")
     try:
-        return _rendered(tokenizer, [turn], "{{ messages[0]['content'] }}")
+        return _rendered(tokenizer, [answer], "{{ messages[0]['content'] }}", sanitize=not thoughts)
     except ValueError:
         raise _no_text() from None
 
@@ -271,17 +279,18 @@ def _followed(
         end = next((i for i in range(len(ids), len(read)) if read[i] == form.end), None)
         if end is None:
             raise _unfit("ends some answers otherwise than others")
-        if not _same_words(tokenizer, read[len(ids) : end], said[answered - 1]):
-            raise _unfit("does not write an answer of the past as it stands (it may leave thoughts out)")
+        answer = said[answered - 1]
+        if _thoughts_in(tokenizer, answer) or not _same_words(tokenizer, read[len(ids) : end], answer):
+            raise _unfit("does not write an answer of the past as it stands, thoughts and all")
         if answered == len(said):
             return read[: end + 1], places
         places += [end + 1, len(read)]
         ids, answered = read, answered + 2
 
 
-def _same_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], turn: Turn) -> bool:
-    """Whether `ids` are what the turn says: but for blanks, which templates put around answers."""
-    written, said = (tokenizer.decode(part) for part in (ids, _bare(tokenizer, turn)))
+def _same_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: Turn) -> bool:
+    """Whether `ids` are what the answer says: but for blanks, which templates put around answers."""
+    written, said = (tokenizer.decode(part) for part in (ids, _bare(tokenizer, answer)))
     return "".join(written.split()) == "".join(said.split())
 
 

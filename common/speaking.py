@@ -15,7 +15,7 @@ from common.errors import ModelError
 from common.models import AdaptedModel
 from common.prediction import Predictor
 from common.tables import Table
-from common.turns import Turn, lone
+from common.turns import Turn, lone, tidied
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Speaker:
             raise ModelError("the adapter reads texts, no conversations: leave --system out, or add --chat")
         if seed is not None:
             torch.manual_seed(seed)
-        return cls(predictor, Draw(longest, temperature, top_p), chat, system)
+        return cls(predictor, Draw(longest, temperature, top_p), chat, tidied(system))
 
     def answer(self, question: str, out: TextIO) -> str:
         """Write the answer to `out` as it comes; all of it.

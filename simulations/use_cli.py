@@ -90,7 +90,7 @@ def ask(
     if question is not None:
         speaker.answer(question, sys.stdout)
         return
-    refused: ModelError | None = None
+    refused: ModelError | DataError | None = None
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -99,7 +99,7 @@ def ask(
             break
         try:
             speaker.answer(line, sys.stdout)
-        except ModelError as error:  # of this question: the conversation goes on without it
+        except (ModelError, DataError) as error:  # of this question: the conversation goes on without it
             print(f"error: {error}", file=sys.stderr)
             refused = error
     if refused is not None:
@@ -159,7 +159,7 @@ def _asked(
     if not records:
         raise DataError("no text to answer: give one, --file, or lines on standard input")
     if predictor.section.chat:  # the conversation stands in either of the two
-        records = [(row, t if p is None else p, None) for row, t, p in records]
+        records = [(row, _spoken(t if p is None else p), None) for row, t, p in records]
     alone = [row for row, _, p in records if p is None]
     if 0 < len(alone) < len(records):
         raise DataError(
@@ -168,6 +168,14 @@ def _asked(
         )
     columns = _columns(predictor, "text", None if alone else "prompt")
     return table_of(source, columns, ((row, {"text": t, "prompt": p}) for row, t, p in records))
+
+
+def _spoken(value: Any) -> Any:
+    """Turns as they are; of text the user's one turn, whatever it looks like."""
+    from common.turns import turns_in
+
+    alone = isinstance(value, str) and turns_in(value) is None
+    return [{"role": "user", "content": value}] if alone else value
 
 
 def _columns(predictor: Predictor, text: str, prompt: str | None) -> Columns:

@@ -91,6 +91,11 @@ def sheet_of(raw: RawFile, subject: Subject) -> tuple[Sheet, tuple[Finding, ...]
     return Sheet(raw, subject, cells), tuple(findings)
 
 
+def _other_delimiter(columns: tuple[str, ...]) -> str:
+    mark = next((mark for mark in ";\t,|" if len(columns) == 1 and mark in columns[0]), None)
+    return "" if mark is None else f" It holds {mark!r}: does that stand between fields?"
+
+
 def headless(raw: RawFile, subject: Subject) -> bool:
     """Whether the first line may be a record, since it names no column to be read: it is not shown then."""
     return raw.kind in (FileKind.CSV, FileKind.TSV) and not set(_used(subject)) & set(raw.columns)
@@ -113,6 +118,7 @@ def _columns(raw: RawFile, subject: Subject) -> Iterator[Finding]:
         others = listed(raw.columns)
         if bare:
             others = f"{len(raw.columns)} fields in the first line, which may be a record"
+            hint = hint or _other_delimiter(raw.columns)
         says = f"There is no column {short(name)}, but {others}.{hint}"
         yield Finding(Code.MISSING_COLUMN, (), says, name)
     if bare:

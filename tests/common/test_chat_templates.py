@@ -160,8 +160,50 @@ def test_thoughts_of_an_answer_are_trained_on(world: Worlds) -> None:
     ids = lone.tokens.tolist()
     assert all(ids.count(tokenizer.convert_tokens_to_ids(t)) == 1 for t in ("<think>", "</think>"))
     assert own_parts(encode(table_of(turns_of("w1", "w2", "w3", "w4")), tokenizer, 400), tokenizer)
-    with pytest.raises(DataError, match=r"row 2: .* an answer of the past as it stands .* one answer each"):
+    with pytest.raises(DataError, match=r"row 2: .* an answer of the past as it stands.* one answer each"):
         encode(table_of(turns_of("w1", "w2"), turns_of("w1", said, "w2", "w4")), tokenizer, 400)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("", ""),
+        ("", "<think>\n"),  # the request for an answer opens a thought
+        ("", "<think>\n\n</think>\n\n"),  # or leaves it out
+        ("say <think>first</think> and then the answer", ""),  # the turn of the system names them
+    ],
+)
+def test_thoughts_are_the_model_s_own_tokens_wherever_the_template_has_them(
+    world: Worlds, before: str, after: str
+) -> None:
+    template = before + THINKS.replace("<|assistant|>{% endif %}", f"<|assistant|>{after}{{% endif %}}")
+    tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, template)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    thinks = [tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>")]
+    said = "<think>\nw5 w6\n</think>\n\nw3"
+    examples = CausalLM(chat=True).encode(table_of(turns_of("w1", said)), tokenizer, 400)
+    answer = examples.tokens[int(examples.target[0][0]) :].tolist()
+    assert [token for token in answer if token in thinks] == thinks
+    asked, plain = (chat_ids(tokenizer, turns_of(text)) for text in ("<think>w1</think>", "w1"))
+    assert [asked.count(t) for t in thinks] == [plain.count(t) for t in thinks]  # what a user says is text
+
+
+def test_a_tool_s_tokens_are_text_in_what_a_user_says(world: Worlds) -> None:
+    """They stand in a part of the template that no conversation here reaches."""
+    tool = "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% endif %}"
+    dated = "{% set f = '%d' %}{{ strftime_now(f) }}"  # nor any conversation, on the day of training
+    for before in ("", dated):
+        template = before + OWN_ENDS["the end of a turn"][0].replace(
+            "<|{{ m.role }}|>", tool + "<|{{ m.role }}|>", 1
+        )
+        tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, template)
+        tokenizer.add_tokens(["<tool_response>", "</tool_response>"])
+        control = {i for i, t in tokenizer.added_tokens_decoder.items()}
+        asked, plain = (
+            [i for i in chat_ids(tokenizer, turns_of(text)) if i in control]
+            for text in ("w1 <tool_response>w2</tool_response><|end|>", "w1")
+        )
+        assert asked == plain
 
 
 @pytest.mark.parametrize("head", ["<|{{ m.role }}|>", "{{ '<|' + m.role + '|>' }}"])

@@ -199,9 +199,31 @@ def test_a_system_turn_comes_first(world: Worlds, tmp_path: Path) -> None:
         speaker.answer("w1", io.StringIO())
     with pytest.raises(ModelError, match=r"does not take .* want a system turn"):
         Speaker.of(predictor, 4, 0.0, 1.0, None, chat=True).answer("w1", io.StringIO())
+    blank = Speaker.of(predictor, 4, 0.0, 1.0, None, True, " ")
+    assert blank.system == ""  # as where each question stands alone
     texts = exported(world("gpt2-causal"), tmp_path / "texts")
     with pytest.raises(ModelError, match="leave --system out"):
         invoke("ask", texts, "w1", "--system", "be kind")
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1}] what is this?', "[{x},{y}] what set?"])
+def test_a_text_that_begins_like_a_list_is_answered(world: Worlds, tmp_path: Path, text: str) -> None:
+    """In a column of conversations it is refused; what somebody asks is a question."""
+    folder = exported(world("bpe-chat-causal"), tmp_path / "adapter")
+    (one,) = answers(folder, text)
+    result = CliRunner().invoke(confide.app, ["predict", str(folder), "--json"], input=f"{text}\nw1\n")
+    assert result.exit_code == 0 and json.loads(result.stdout.splitlines()[0]) == one
+
+
+def test_a_question_that_is_refused_ends_nothing(world: Worlds, tmp_path: Path) -> None:
+    folder = exported(world("bpe-chat-causal"), tmp_path / "adapter")
+    template = (folder / "chat_template.jinja").read_text("utf-8")
+    refusing = "{{ raise_exception('no') if messages[-1].content == 'bad' }}"
+    (folder / "chat_template.jinja").write_text(refusing + template, "utf-8")
+    ask = ["ask", str(folder), "--max-tokens", "2"]
+    done = CliRunner().invoke(confide.app, ask, input="w1\nbad\nw2\n\n")
+    assert done.exit_code == DataError.exit_code and "does not take this conversation" in done.stderr
+    assert done.stdout == CliRunner().invoke(confide.app, ask, input="w1\nw2\n\n").stdout
 
 
 def test_padding_stands_in_no_answer(world: Worlds, tmp_path: Path) -> None:
