@@ -21,13 +21,26 @@ if TYPE_CHECKING:
 TRAINING_DAY = datetime(2026, 1, 1)  # for templates that write the date: one for all sites, at every resume
 
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
-_THOUGHT = re.compile(r"\W+((begin|end)_of_)?(think|thinking|thought|reasoning)\W+", re.IGNORECASE)
+_OWN = re.compile(
+    r"\W+((begin|end)_of_)?(think|thinking|thought|reasoning|tool_calls?|python_tag)\W+", re.IGNORECASE
+)
 _NEXT: Turn = {"role": USER, "content": "2"}  # what is said after an answer, so that its end is written
 _ANSWERS: tuple[Turn, Turn] = ({"role": ASSISTANT, "content": "0"}, {"role": ASSISTANT, "content": "1"})
 _OPENINGS: tuple[Sequence[Turn], ...] = ((_NEXT,), ({"role": SYSTEM, "content": "2"}, _NEXT))
-# The template whose control tokens a tokenizer was told of.
-_SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _ANEW = "writes the past anew with each turn"
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Added tokens of a template: `turns` tell one turn from another; `written` are all that it may write.
+    transformers knows those only that are special, or stand in the template word for word."""
+
+    template: str
+    turns: frozenset[str]
+    written: frozenset[str]
+
+
+_SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, _Marks] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,11 @@ def _written(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], today: datetime | None = None
 ) -> list[int]:
     template = tokenizer.get_chat_template()
-    if _SETTLED.get(tokenizer) != template:
+    if tokenizer not in _SETTLED or _SETTLED[tokenizer].template != template:
+        marks = _marks(tokenizer, template)
         known = tokenizer.chat_control_tokens or ()
-        tokenizer.chat_control_tokens = sorted({*known, *_controls(tokenizer, template)})
-        _SETTLED[tokenizer] = template
+        tokenizer.chat_control_tokens = sorted({*known, *marks.written})
+        _SETTLED[tokenizer] = marks
     return _rendered(tokenizer, turns, template if today is None else _on_day(template, today))
 
 
@@ -91,19 +105,21 @@ def _rendered(
     return list(made["input_ids"])
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
-    """The added tokens that the template writes. transformers knows those only that are special, or stand in
-    the template word for word."""
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> _Marks:
     dated = template
     with contextlib.suppress(ValueError):
         dated = _on_day(template, TRAINING_DAY)
-    found = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    around = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for begun in _OPENINGS:
-        for turns in (begun, [*begun, _ANSWERS[0], _NEXT]):
-            with contextlib.suppress(Exception):  # not every template takes each of them
-                found.update(_rendered(tokenizer, turns, dated, sanitize=False))
-    added = _added(tokenizer)
-    return {token.content for i, token in added.items() if i in found or token.content in template}
+        with contextlib.suppress(Exception):  # not every template takes each of them
+            around.update(_rendered(tokenizer, begun, dated, sanitize=False))
+            said, other = (
+                _rendered(tokenizer, [*begun, answer, _NEXT], dated, sanitize=False) for answer in _ANSWERS
+            )
+            around.update(said[_alike(said, other) :])
+    added = {i: token.content for i, token in _added(tokenizer).items()}
+    turns = {token for i, token in added.items() if i in around and not _OWN.fullmatch(token)}
+    return _Marks(template, frozenset(turns), frozenset(turns | {t for t in added.values() if t in template}))
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
@@ -118,24 +134,26 @@ def _controls_in(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> s
     return {token for token in known if any(token in turn["content"] for turn in turns)}
 
 
-def _thoughts_in(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> set[str]:
-    """The tokens in a turn between which a model thinks, `<think>` and its like: they belong to an answer."""
-    tokens = (token.content for token in _added(tokenizer).values())
-    return {token for token in tokens if _THOUGHT.fullmatch(token) and token in turn["content"]}
+def _own_in(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> set[str]:
+    """The control tokens in an answer that a model writes itself, around thoughts and calls of tools."""
+    special = {token.content for token in _added(tokenizer).values() if token.special}
+    others = _controls_in(tokenizer, [answer]) - _SETTLED[tokenizer].turns
+    return {token for token in others if token not in special or _OWN.fullmatch(token)}
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> list[int]:
     """What an answer says, thoughts and all, without what a template writes around it.
 
     Raises:
-        ModelError: control tokens stand in it that the tokenizer cannot read as text, or beside thoughts.
+        ModelError: control tokens stand in it that the tokenizer cannot read as text, or beside its own.
     """
-    thoughts = _thoughts_in(tokenizer, answer)
-    others = _controls_in(tokenizer, [answer]) - thoughts
-    if thoughts and others:
-        raise ModelError("an answer holds thoughts, and other control tokens of the model: take these out")
+    own = _own_in(tokenizer, answer)
+    if own and _controls_in(tokenizer, [answer]) - own:
+        raise ModelError(
+            "an answer holds thoughts or calls of tools, and other control tokens of the model: take these out"
+        )
     try:
-        return _rendered(tokenizer, [answer], "{{ messages[0]['content'] }}", sanitize=not thoughts)
+        return _rendered(tokenizer, [answer], "{{ messages[0]['content'] }}", sanitize=not own)
     except ValueError:
         raise _no_text() from None
 
@@ -280,7 +298,7 @@ def _followed(
         if end is None:
             raise _unfit("ends some answers otherwise than others")
         answer = said[answered - 1]
-        if _thoughts_in(tokenizer, answer) or not _same_words(tokenizer, read[len(ids) : end], answer):
+        if _own_in(tokenizer, answer) or not _same_words(tokenizer, read[len(ids) : end], answer):
             raise _unfit("does not write an answer of the past as it stands, thoughts and all")
         if answered == len(said):
             return read[: end + 1], places

@@ -188,6 +188,22 @@ def test_thoughts_are_the_model_s_own_tokens_wherever_the_template_has_them(
     assert [asked.count(t) for t in thinks] == [plain.count(t) for t in thinks]  # what a user says is text
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_calls_of_tools_are_the_model_s_own_tokens_in_an_answer(world: Worlds, special: bool) -> None:
+    """As thoughts are; what ends a turn is text in it, and both at once cannot be told apart."""
+    calls = "{% if m.tool_calls %}<tool_call>{{ m.tool_calls }}</tool_call>{% endif %}"
+    template = OWN_ENDS["the end of a turn"][0].replace("<|end|>", calls + "<|end|>")
+    tokenizer = own_ended(world("bpe-dialogues-causal").model.tokenizer, template)
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in ("<tool_call>", "</tool_call>")])
+    call = "<tool_call>w1</tool_call>"
+    encode = CausalLM(chat=True).encode
+    ids = encode(table_of(turns_of(call, call)), tokenizer, 400).tokens.tolist()
+    own = [tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>")]
+    assert [i for i in ids if i in own] == own  # of the answer, not of the user
+    with pytest.raises(DataError, match=r"row 1: an answer holds .* take these out"):
+        encode(table_of(turns_of("w1", f"{call} <|end|>")), tokenizer, 400)
+
+
 def test_a_tool_s_tokens_are_text_in_what_a_user_says(world: Worlds) -> None:
     """They stand in a part of the template that no conversation here reaches."""
     tool = "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% endif %}"
