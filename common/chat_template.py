@@ -150,7 +150,7 @@ def _bare(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> list[int]:
     own = _own_in(tokenizer, answer)
     if own and _controls_in(tokenizer, [answer]) - own:
         raise ModelError(
-            "an answer holds thoughts or calls of tools, and other control tokens of the model: take these out"
+            "an answer holds thoughts or calls of tools, and other control tokens of the model: drop these"
         )
     try:
         return _rendered(tokenizer, [answer], "{{ messages[0]['content'] }}", sanitize=not own)

@@ -200,7 +200,7 @@ def test_calls_of_tools_are_the_model_s_own_tokens_in_an_answer(world: Worlds, s
     ids = encode(table_of(turns_of(call, call)), tokenizer, 400).tokens.tolist()
     own = [tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>")]
     assert [i for i in ids if i in own] == own  # of the answer, not of the user
-    with pytest.raises(DataError, match=r"row 1: an answer holds .* take these out"):
+    with pytest.raises(DataError, match=r"row 1: an answer holds .* drop these"):
         encode(table_of(turns_of("w1", f"{call} <|end|>")), tokenizer, 400)
 
 
