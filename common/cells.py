@@ -195,6 +195,13 @@ def type_name(value: object) -> str:
 # Words for messages
 
 
+def other_delimiter(header: Sequence[str], delimiter: str) -> str:
+    """What to do where a header is one field, since another mark stands between fields; else nothing."""
+    marks = (mark for mark in ";\t,|" if mark != delimiter and len(header) == 1 and mark in header[0])
+    other = next(marks, None)
+    return "" if other is None else f"The header holds {other!r}: expected {delimiter!r} between fields."
+
+
 def quoting_fault(error: Exception, lines: int) -> str:
     """What is wrong with the quotes of a record that was read on for `lines` beyond its first."""
     if "end of data" in str(error):

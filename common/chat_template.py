@@ -32,12 +32,12 @@ _ANEW = "writes the past anew with each turn"
 
 @dataclass(frozen=True)
 class _Marks:
-    """Added tokens of a template: `turns` tell one turn from another; `written` are all that it may write.
-    transformers knows those only that are special, or stand in the template word for word."""
+    """Added tokens of a tokenizer, as its template has them. `controls`: those that are text in what is said,
+    `own` of them what a model writes in an answer, around thoughts and calls of tools."""
 
     template: str
-    turns: frozenset[str]
-    written: frozenset[str]
+    controls: frozenset[str]
+    own: frozenset[str]
 
 
 _SETTLED: WeakKeyDictionary[PreTrainedTokenizerBase, _Marks] = WeakKeyDictionary()
@@ -67,7 +67,8 @@ def chat_ids(
     try:
         return _written(tokenizer, turns, today)
     except Exception as error:  # a template may raise anything, with the conversation in its message
-        if isinstance(error, ValueError) and _controls_in(tokenizer, turns):
+        marks = _SETTLED.get(tokenizer)
+        if isinstance(error, ValueError) and marks and _standing(marks.controls, turns):
             raise _no_text() from None
         says = f"the model's chat template does not take this conversation ({type(error).__name__})"
         if turns and turns[0]["role"] == SYSTEM:
@@ -84,10 +85,8 @@ def _written(
 ) -> list[int]:
     template = tokenizer.get_chat_template()
     if tokenizer not in _SETTLED or _SETTLED[tokenizer].template != template:
-        marks = _marks(tokenizer, template)
-        known = tokenizer.chat_control_tokens or ()
-        tokenizer.chat_control_tokens = sorted({*known, *marks.written})
-        _SETTLED[tokenizer] = marks
+        _SETTLED[tokenizer] = _marks(tokenizer, template)
+        tokenizer.chat_control_tokens = sorted(_SETTLED[tokenizer].controls)
     return _rendered(tokenizer, turns, template if today is None else _on_day(template, today))
 
 
@@ -106,6 +105,8 @@ def _rendered(
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> _Marks:
+    """transformers knows as controls only what is special, or stands in the template word for word: what the
+    template puts together, or takes from the tokenizer, is found by what it writes."""
     dated = template
     with contextlib.suppress(ValueError):
         dated = _on_day(template, TRAINING_DAY)
@@ -117,9 +118,13 @@ def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> _Marks:
                 _rendered(tokenizer, [*begun, answer, _NEXT], dated, sanitize=False) for answer in _ANSWERS
             )
             around.update(said[_alike(said, other) :])
-    added = {i: token.content for i, token in _added(tokenizer).items()}
-    turns = {token for i, token in added.items() if i in around and not _OWN.fullmatch(token)}
-    return _Marks(template, frozenset(turns), frozenset(turns | {t for t in added.values() if t in template}))
+    added = _added(tokenizer)
+    special = {token.content for token in added.values() if token.special}
+    turns = {t.content for i, t in added.items() if i in around and not _OWN.fullmatch(t.content)}
+    literal = {t.content for t in added.values() if t.content in template}
+    controls = special | turns | literal | set(tokenizer.chat_control_tokens or ())
+    own = {token for token in controls - turns if token not in special or _OWN.fullmatch(token)}
+    return _Marks(template, frozenset(controls), frozenset(own))
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
@@ -127,18 +132,9 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
     return {i: t for i, t in tokenizer.added_tokens_decoder.items() if not t.content.isspace()}
 
 
-def _controls_in(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> set[str]:
-    """The control tokens that stand in what is said."""
-    special = {token.content for token in _added(tokenizer).values() if token.special}
-    known = special | set(tokenizer.chat_control_tokens or ())
-    return {token for token in known if any(token in turn["content"] for turn in turns)}
-
-
-def _own_in(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> set[str]:
-    """The control tokens in an answer that a model writes itself, around thoughts and calls of tools."""
-    special = {token.content for token in _added(tokenizer).values() if token.special}
-    others = _controls_in(tokenizer, [answer]) - _SETTLED[tokenizer].turns
-    return {token for token in others if token not in special or _OWN.fullmatch(token)}
+def _standing(tokens: frozenset[str], turns: Sequence[Turn]) -> set[str]:
+    """Those of `tokens` that stand in what is said."""
+    return {token for token in tokens if any(token in turn["content"] for turn in turns)}
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> list[int]:
@@ -147,8 +143,9 @@ def _bare(tokenizer: PreTrainedTokenizerBase, answer: Turn) -> list[int]:
     Raises:
         ModelError: control tokens stand in it that the tokenizer cannot read as text, or beside its own.
     """
-    own = _own_in(tokenizer, answer)
-    if own and _controls_in(tokenizer, [answer]) - own:
+    marks = _SETTLED[tokenizer]
+    own = _standing(marks.own, [answer])
+    if own and _standing(marks.controls, [answer]) - own:
         raise ModelError(
             "an answer holds thoughts or calls of tools, and other control tokens of the model: drop these"
         )
@@ -298,7 +295,8 @@ def _followed(
         if end is None:
             raise _unfit("ends some answers otherwise than others")
         answer = said[answered - 1]
-        if _own_in(tokenizer, answer) or not _same_words(tokenizer, read[len(ids) : end], answer):
+        own = _standing(_SETTLED[tokenizer].own, [answer])
+        if own or not _same_words(tokenizer, read[len(ids) : end], answer):
             raise _unfit("does not write an answer of the past as it stands, thoughts and all")
         if answered == len(said):
             return read[: end + 1], places

@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cells import listed, nearest, quoting_fault, short, type_name, unusable
+from common.cells import listed, nearest, other_delimiter, quoting_fault, short, type_name, unusable
 from common.corpora import conll_records, squad_records
 from common.errors import DataError
 from common.tables import Columns, Record, Table, table_of
@@ -394,8 +394,6 @@ def _require(
         if delimiter is not None and not set(names) & set(found):  # they may be a record
             others = f"{len(found)} fields in the first line, none of them a column to be read"
             hint = hint if near else "Let the first line name the columns, or name those that are there."
-        if delimiter is not None and len(found) == 1:
-            other = next((mark for mark in ";\t,|" if mark != delimiter and mark in found[0]), None)
-            if other is not None:
-                hint = f"The header holds {other!r}: expected {delimiter!r} between fields."
+        if delimiter is not None:
+            hint = other_delimiter(found, delimiter) or hint
         raise DataError(f"{where}: expected a column {short(name)}, found {others}. {hint}")

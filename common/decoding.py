@@ -91,5 +91,6 @@ def greedy(model: AdaptedModel, questions: Sequence[Sequence[int]], longest: int
 
 def _text(model: AdaptedModel, answer: Sequence[int]) -> str:
     """Up to its end: that may be no special token, nor the padding after it."""
-    end = next((i for i, token in enumerate(answer) if token in model.ends), len(answer))
+    ends = model.ends
+    end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
     return str(model.tokenizer.decode(answer[:end], skip_special_tokens=True))

@@ -11,7 +11,17 @@ from functools import cached_property
 from client.data.findings import Code, Finding
 from client.data.reading import RawFile
 from client.data.subject import Subject
-from common.cells import Cell, answerless, listed, nearest, short, span_of, text_of, type_name
+from common.cells import (
+    Cell,
+    answerless,
+    listed,
+    nearest,
+    other_delimiter,
+    short,
+    span_of,
+    text_of,
+    type_name,
+)
 from common.datasets import FileKind
 from common.errors import CellError, DataError
 from common.kinds import TaskKind
@@ -91,11 +101,6 @@ def sheet_of(raw: RawFile, subject: Subject) -> tuple[Sheet, tuple[Finding, ...]
     return Sheet(raw, subject, cells), tuple(findings)
 
 
-def _other_delimiter(columns: tuple[str, ...]) -> str:
-    mark = next((mark for mark in ";\t,|" if len(columns) == 1 and mark in columns[0]), None)
-    return "" if mark is None else f" It holds {mark!r}: does that stand between fields?"
-
-
 def headless(raw: RawFile, subject: Subject) -> bool:
     """Whether the first line may be a record, since it names no column to be read: it is not shown then."""
     return raw.kind in (FileKind.CSV, FileKind.TSV) and not set(_used(subject)) & set(raw.columns)
@@ -114,12 +119,12 @@ def _columns(raw: RawFile, subject: Subject) -> Iterator[Finding]:
         if name in raw.columns or (name == subject.columns.label and subject.guessed_label):
             continue
         near = nearest(name, raw.columns)
-        hint = f" Is it {short(near)}?" if near else ""
+        hint = f"Is it {short(near)}?" if near else ""
         others = listed(raw.columns)
         if bare:
             others = f"{len(raw.columns)} fields in the first line, which may be a record"
-            hint = hint or _other_delimiter(raw.columns)
-        says = f"There is no column {short(name)}, but {others}.{hint}"
+            hint = hint or other_delimiter(raw.columns, "," if raw.kind is FileKind.CSV else "\t")
+        says = f"There is no column {short(name)}, but {others}. {hint}".rstrip()
         yield Finding(Code.MISSING_COLUMN, (), says, name)
     if bare:
         return

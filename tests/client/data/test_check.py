@@ -112,7 +112,7 @@ def test_a_first_line_that_may_be_a_record_is_not_shown(tmp_path: Path) -> None:
         assert "Ada" not in shown and "lovelace" not in shown
     assert "Ada" not in page.read_text("utf-8")
     _, shown = run("check", write(tmp_path, "b.csv", b"message;category\nw1;x\n"))
-    assert "It holds ';'" in shown.replace("\n", " ") and "message" not in shown
+    assert "The header holds ';': expected ','" in shown.replace("\n", " ") and "message" not in shown
 
 
 def test_missing_double_and_constant_columns(tmp_path: Path) -> None:
